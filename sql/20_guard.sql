@@ -1,0 +1,164 @@
+-- The guard: what is stopped stays stopped, whoever writes, however they write.
+--
+-- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
+-- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do
+-- not: a stop that waits for the job's row is overtaken by inserters (their foreign key shares it) for ever.
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
+    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
+    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
+END;
+$$;
+
+-- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
+-- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
+--          serialization_failure (40001)             it was stopped after this transaction's snapshot
+-- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row, FOR KEY SHARE
+CREATE OR REPLACE FUNCTION admit_execution(job_id text)
+RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_status text;
+BEGIN
+    -- Assigned, since an assignment is evaluated without the query that PERFORM runs: every insert comes through here.
+    v_status := pg_advisory_xact_lock_shared(hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint))::text;
+
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since.
+        SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR KEY SHARE;
+    ELSE
+        SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id;
+    END IF;
+
+    IF v_status IN ('completed', 'failed', 'cancelled') THEN
+        RAISE object_not_in_prerequisite_state
+            USING MESSAGE = format('job %s is %s: no execution of it may start', quote_literal(admit_execution.job_id), v_status),
+                  HINT = 'A job in a terminal state takes executions again when its status is set back first.';
+    END IF;
+END;
+$$;
+REVOKE ALL ON FUNCTION admit_execution(text) FROM PUBLIC;
+COMMENT ON FUNCTION admit_execution(text) IS
+    'Lets this transaction start executions of a job that has not ended; raises 55000 otherwise. Holds the job''s barrier, shared, until the transaction ends.';
+
+-- guard_inserted_executions(): refuses new active executions of a job that has ended, once a job, not once a row.
+-- Raises   what admit_execution raises
+-- Locks    what admit_execution locks, for each distinct job in the order of the ids
+CREATE OR REPLACE FUNCTION guard_inserted_executions()
+RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    PERFORM admit_execution(i.job_id)
+    FROM (SELECT DISTINCT n.job_id FROM inserted n WHERE n.status IN ('pending', 'running', 'processing') ORDER BY 1) i;
+    RETURN NULL;
+END;
+$$;
+REVOKE ALL ON FUNCTION guard_inserted_executions() FROM PUBLIC;
+COMMENT ON FUNCTION guard_inserted_executions() IS 'Trigger: no active execution is added to a job that has ended.';
+
+-- guard_started_execution(): refuses an update that makes an execution active, or moves an active one to another
+-- job, when the job it then belongs to has ended.
+-- Raises   what admit_execution raises
+-- Locks    what admit_execution locks, after the execution's row
+CREATE OR REPLACE FUNCTION guard_started_execution()
+RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    PERFORM admit_execution(NEW.job_id);
+    RETURN NULL;
+END;
+$$;
+REVOKE ALL ON FUNCTION guard_started_execution() FROM PUBLIC;
+COMMENT ON FUNCTION guard_started_execution() IS 'Trigger: no execution becomes active in a job that has ended.';
+
+-- guard_stopped_execution(): keeps an execution that an emergency stop failed as it is, its mark included.
+-- Other keys of its output may be added or changed. It is released by taking the mark away and setting another
+-- status in one UPDATE that keeps the rest of the output.
+-- Raises   object_not_in_prerequisite_state (55000)
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION guard_stopped_execution()
+RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}'
+       OR NEW.status <> 'failed' AND NOT NEW.output ? 'emergency_stop' AND NEW.output @> (OLD.output - 'emergency_stop') THEN
+        RETURN NULL;
+    END IF;
+    RAISE object_not_in_prerequisite_state
+        USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
+              HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = … in one statement.';
+END;
+$$;
+REVOKE ALL ON FUNCTION guard_stopped_execution() FROM PUBLIC;
+COMMENT ON FUNCTION guard_stopped_execution() IS 'Trigger: an execution that an emergency stop failed stays failed and marked.';
+
+-- guard_stopped_job(): keeps a job that was emergency-stopped as it is, its mark and its id included.
+-- Other keys of its metadata may be added or changed. It is released by taking the mark away and setting another
+-- status in one UPDATE that keeps the rest of the metadata: a stale copy written back does not do that by chance.
+-- Raises   object_not_in_prerequisite_state (55000)
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION guard_stopped_job()
+RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF NEW.id = OLD.id
+       AND (NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}'
+            OR NEW.status <> OLD.status AND NOT NEW.metadata ? 'emergency_stop' AND NEW.metadata @> (OLD.metadata - 'emergency_stop')) THEN
+        RETURN NULL;
+    END IF;
+    RAISE object_not_in_prerequisite_state
+        USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
+              HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = … in one statement.';
+END;
+$$;
+REVOKE ALL ON FUNCTION guard_stopped_job() FROM PUBLIC;
+COMMENT ON FUNCTION guard_stopped_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id.';
+
+-- AFTER triggers see the row as it ends up, whatever other triggers have made of it. The WHEN clauses are ordered
+-- so that an ordinary update is let through by comparing its status alone.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_inserted_executions') THEN
+        CREATE TRIGGER guard_inserted_executions AFTER INSERT ON executions
+            REFERENCING NEW TABLE AS inserted
+            FOR EACH STATEMENT EXECUTE FUNCTION guard_inserted_executions();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_started_execution') THEN
+        CREATE TRIGGER guard_started_execution AFTER UPDATE ON executions
+            FOR EACH ROW WHEN (
+                NEW.status IN ('pending', 'running', 'processing')
+                AND ((OLD.status IN ('pending', 'running', 'processing')) IS NOT TRUE OR NEW.job_id IS DISTINCT FROM OLD.job_id)
+            )
+            EXECUTE FUNCTION guard_started_execution();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_stopped_execution') THEN
+        CREATE TRIGGER guard_stopped_execution AFTER UPDATE ON executions
+            FOR EACH ROW WHEN (
+                OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}'
+                AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.output IS DISTINCT FROM OLD.output)
+            )
+            EXECUTE FUNCTION guard_stopped_execution();
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('jobs') AND t.tgname = 'guard_stopped_job') THEN
+        CREATE TRIGGER guard_stopped_job AFTER UPDATE ON jobs
+            FOR EACH ROW WHEN (
+                OLD.status IN ('completed', 'failed', 'cancelled') AND OLD.metadata @> '{"emergency_stop": true}'
+                AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.metadata IS DISTINCT FROM OLD.metadata OR NEW.id <> OLD.id)
+            )
+            EXECUTE FUNCTION guard_stopped_job();
+    END IF;
+END;
+$$;
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
+END;
+$$;

@@ -1,0 +1,169 @@
+-- emergency_stop_job(id, reason): stops a job and all its executions, in the caller's transaction, for good.
+-- Returns  {"ok": true, "message": "Job emergency stopped", "job_id": "a", "previous_status": "processing",
+--           "new_status": "failed", "executions_stopped": 42, "stopped_at": "2025-09-29T23:48:00Z"}
+--          {"ok": true, "message": "Job already in terminal state", "job_id": "a", "status": "failed", "action": "none"}
+--          the same with "action": "executions_stopped", "executions_stopped": 3, "stopped_at": …, if a job that
+--          had ended still had active executions
+--          {"error": "job not found", "job_id": "a"}
+--          and, where something was stopped and a reason was given, "reason" as the last key
+-- Raises   invalid_parameter_value (22023)    reason has more than 1,000 characters
+--          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
+--          lock_not_available (55P03)         other transactions held the job for longer than lock_timeout
+-- Locks    the job's barrier, alone; the job's row and those of its active executions, FOR NO KEY UPDATE; all until
+--          the transaction ends. Each wait is bounded by lock_timeout; by 10 s where that is 0. With nothing left
+--          to stop it locks and writes nothing.
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
+    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
+    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
+END;
+$$;
+
+CREATE OR REPLACE FUNCTION emergency_stop_job(id text, reason text DEFAULT NULL)
+RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_barrier      CONSTANT bigint := hashtextextended(emergency_stop_job.id, 'jobs'::regclass::oid::bigint);
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_deadline     timestamptz;
+    v_job          jobs%ROWTYPE;
+    v_terminal     boolean;
+    v_stopped      bigint;
+    v_now          timestamptz;
+    v_stopped_at   text;
+BEGIN
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE invalid_transaction_state
+            USING MESSAGE = format('emergency_stop_job cannot run in a %s transaction', upper(current_setting('transaction_isolation'))),
+                  DETAIL = 'Its snapshot would not show executions that others have added since.',
+                  HINT = 'Call it in a READ COMMITTED transaction.';
+    END IF;
+    IF length(emergency_stop_job.reason) > 1000 THEN
+        RAISE invalid_parameter_value
+            USING MESSAGE = format('reason has %s characters: expected at most 1000', length(emergency_stop_job.reason));
+    END IF;
+
+    SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
+    IF NOT FOUND THEN
+        RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
+    END IF;
+    v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+
+    -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction
+    -- that was admitted before the end is still open: it holds the barrier. Taken and let go in one expression,
+    -- because a lock that outlives the call would cost more than this look.
+    IF v_terminal AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
+        PERFORM FROM executions e
+        WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
+        LIMIT 1;
+        IF NOT FOUND THEN
+            RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,
+                                     'status', v_job.status, 'action', 'none');
+        END IF;
+    END IF;
+
+    v_deadline := clock_timestamp() + v_patience;
+    BEGIN
+        PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
+        PERFORM pg_advisory_xact_lock(v_barrier);
+    EXCEPTION WHEN lock_not_available THEN
+        RAISE lock_not_available
+            USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
+                  DETAIL = format('Other transactions that write to it have held it for %s; nothing was changed.', v_patience),
+                  HINT = 'SELECT * FROM emergency_stop_blockers(…) in a second session names them while a stop waits.';
+    END;
+
+    -- From here on nobody else starts an execution. What is left to wait for are the rows that others hold.
+    LOOP
+        BEGIN
+            -- A worker that holds a row and then queues for the barrier deadlocks with us. PostgreSQL ends whoever
+            -- has waited for deadlock_timeout: no single wait of ours is that long, so that it is the worker.
+            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest(
+                '1ms', least(v_deadline - clock_timestamp(), current_setting('deadlock_timeout')::interval / 2))))::text, true);
+
+            SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+            EXIT WHEN NOT FOUND;
+
+            v_now := clock_timestamp();
+            v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+            UPDATE executions e
+            SET status = 'failed',
+                completed_at = v_now,
+                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
+                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
+                              ELSE '{}'
+                         END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
+            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
+            GET DIAGNOSTICS v_stopped = ROW_COUNT;
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            IF clock_timestamp() >= v_deadline THEN
+                RAISE lock_not_available
+                    USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
+                          DETAIL = format('Other transactions have held rows of it for %s; nothing was changed.', v_patience),
+                          HINT = 'SELECT * FROM emergency_stop_blockers(…) in a second session names them while a stop waits.';
+            END IF;
+            -- Keep what is free, so that every round leaves fewer rows that somebody else can get hold of.
+            PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE SKIP LOCKED;
+            PERFORM FROM executions e
+            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
+            FOR NO KEY UPDATE SKIP LOCKED;
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', v_lock_timeout, true);
+
+    IF v_job.id IS NULL THEN  -- deleted while we waited
+        RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
+    END IF;
+    v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+    IF v_terminal AND v_stopped = 0 THEN
+        RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,
+                                 'status', v_job.status, 'action', 'none');
+    END IF;
+
+    -- Acknowledged means flushed. It has to hold until the commit, which a SET clause of the function would not.
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
+
+    UPDATE jobs j
+    SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
+        updated_at = v_now,
+        metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata
+                        WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
+                        ELSE '{}'
+                   END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
+                                                               'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
+    WHERE j.id = emergency_stop_job.id;
+    INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
+    VALUES (v_job.id, COALESCE(v_job.status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
+    PERFORM pg_notify('emergency_stop', json_build_object('job_id', v_job.id, 'stopped_at', v_stopped_at,
+                                                          'executions_stopped', v_stopped)::text);
+
+    IF v_terminal THEN
+        RETURN json_strip_nulls(json_build_object(
+            'ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id, 'status', v_job.status,
+            'action', 'executions_stopped', 'executions_stopped', v_stopped, 'stopped_at', v_stopped_at,
+            'reason', emergency_stop_job.reason));
+    END IF;
+    RETURN json_strip_nulls(json_build_object(
+        'ok', true, 'message', 'Job emergency stopped', 'job_id', v_job.id,
+        'previous_status', COALESCE(v_job.status, 'unknown'), 'new_status', 'failed',
+        'executions_stopped', v_stopped, 'stopped_at', v_stopped_at, 'reason', emergency_stop_job.reason));
+END;
+$$;
+REVOKE ALL ON FUNCTION emergency_stop_job(text, text) FROM PUBLIC;
+COMMENT ON FUNCTION emergency_stop_job(text, text) IS
+    'Stops a job and all its executions for good; returns the JSON summary, or {error, job_id} for an unknown job. '
+    'Raises 55P03 when others hold the job for longer than lock_timeout (10 s where that is 0), 25000 above READ COMMITTED, '
+    '22023 for a reason of more than 1000 characters. Locks the job''s barrier, its row and its active executions until the transaction ends.';
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
+END;
+$$;

@@ -1,0 +1,42 @@
+-- get_job(id): one job as it is now.
+-- Returns  {"job": {"id": "a", "status": "failed", "metadata": {…}, "created_at": "2025-09-29T23:48:00.000000Z",
+--           "updated_at": …}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}
+-- Raises   nothing of its own
+-- Locks    nothing
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
+    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
+    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
+END;
+$$;
+
+CREATE OR REPLACE FUNCTION get_job(id text)
+RETURNS json LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
+    v_job    jobs%ROWTYPE;
+BEGIN
+    SELECT j.* INTO v_job FROM jobs j WHERE j.id = get_job.id;
+    IF NOT FOUND THEN
+        RETURN json_build_object('error', 'job not found', 'job_id', get_job.id);
+    END IF;
+    RETURN json_build_object(
+        'job', json_build_object(
+            'id', v_job.id, 'status', v_job.status, 'metadata', v_job.metadata,
+            'created_at', to_char(v_job.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
+            'updated_at', to_char(v_job.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
+        'status', v_job.status);
+END;
+$$;
+REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
+COMMENT ON FUNCTION get_job(text) IS 'One job as JSON, {job, status}, or {error, job_id} for an unknown one. Locks nothing.';
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
+END;
+$$;

@@ -1,0 +1,54 @@
+-- list_executions(job_id, status, after, max_rows, max_bytes): a job's executions in the order of their ids.
+-- Only those in that status, if given; only ids above after; at most max_rows, and no further row once the JSON
+-- of those before it has reached max_bytes (bytes), so that a caller who pages can bound what a page weighs.
+-- Returns  rows of id and {"id": 1, "job_id": "a", "status": "failed", "output": {…}, "created_at":
+--          "2025-09-29T23:48:00.000000Z", "started_at": …, "completed_at": …}; none for an unknown job
+-- Raises   nothing of its own
+-- Locks    nothing
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
+    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
+    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
+END;
+$$;
+
+CREATE OR REPLACE FUNCTION list_executions(
+    job_id text, status text DEFAULT NULL, after bigint DEFAULT NULL, max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)
+RETURNS TABLE (id bigint, execution json)
+LANGUAGE plpgsql STABLE SECURITY DEFINER
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
+    v_bytes  bigint := 0::bigint;
+BEGIN
+    FOR id, execution IN
+        SELECT e.id, json_build_object(
+            'id', e.id, 'job_id', e.job_id, 'status', e.status, 'output', e.output,
+            'created_at', to_char(e.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
+            'started_at', to_char(e.started_at::timestamptz AT TIME ZONE 'UTC', v_format),
+            'completed_at', to_char(e.completed_at::timestamptz AT TIME ZONE 'UTC', v_format))
+        FROM executions e
+        WHERE e.job_id = list_executions.job_id
+          AND (list_executions.status IS NULL OR e.status = list_executions.status)
+          AND (list_executions.after IS NULL OR e.id > list_executions.after)
+        ORDER BY e.id
+        LIMIT list_executions.max_rows
+    LOOP
+        RETURN NEXT;
+        v_bytes := v_bytes + octet_length(execution::text);
+        EXIT WHEN v_bytes >= list_executions.max_bytes;
+    END LOOP;
+END;
+$$;
+REVOKE ALL ON FUNCTION list_executions(text, text, bigint, bigint, bigint) FROM PUBLIC;
+COMMENT ON FUNCTION list_executions(text, text, bigint, bigint, bigint) IS
+    'A job''s executions as JSON in id order, optionally of one status, above an id, up to a number of rows or of bytes. Locks nothing.';
+
+DO $$
+BEGIN
+    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
+END;
+$$;
