@@ -1,0 +1,316 @@
+"""What several test modules share: a real server, a database for each test, the service's role, the application.
+
+The server is the embedded PostgreSQL, or the one that BEACON_TEST_DATABASE_URL (of a superuser) names.
+"""
+
+import http.client
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from pytest_postgresql import factories
+
+import beacon_stop
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "a-token-that-only-operators-have"
+SERVICE_PASSWORD = "service-password-in-tests"
+GENEROUS = {"admin_rate": "1000000/second", "failed_rate": "1000000/second", "read_rate": "1000000/second"}
+
+
+def readme_block(language: str, containing: str) -> str:
+    """A fenced block of the README, so that what it shows is what runs here."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if containing in block]
+    return block
+
+
+@pytest.fixture(scope="session")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    if url := os.environ.get("BEACON_TEST_DATABASE_URL"):
+        yield url
+    else:
+        with beacon_stop.embedded_postgres(tmp_path_factory.mktemp("server")) as url:
+            yield url
+
+
+@pytest.fixture(scope="session")
+def database_server(server_url: str) -> SimpleNamespace:
+    """The server in the form that pytest-postgresql takes it."""
+    parts = conninfo_to_dict(server_url)
+    return SimpleNamespace(
+        host=parts.get("host"), port=parts.get("port", 5432), user=parts.get("user"), password=parts.get("password"),
+        options="", maintenance_dbname="postgres", template_dbname=None,
+    )  # fmt: skip
+
+
+def create_service_role(**connection: Any) -> None:
+    connection.pop("autocommit")
+    create_role, grants = readme_block("sql", "CREATE ROLE beacon_service").split(";", 1)
+    with psycopg.connect(**connection, autocommit=True) as db:
+        try:
+            db.execute(create_role)
+        except psycopg.errors.DuplicateObject:  # roles are the server's, and this one may be from an earlier run
+            pass
+        db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
+        db.execute(grants)
+
+
+installed = factories.postgresql_noproc(depends_on="database_server", load=[*beacon_stop.sql_files(), create_service_role])
+database = factories.postgresql("installed")
+bare = factories.postgresql_noproc(depends_on="database_server", dbname="bare", load=[])
+bare_database = factories.postgresql("bare")
+
+
+def url_of(connection: psycopg.Connection, server_url: str, **changes: Any) -> str:
+    return make_conninfo(server_url, dbname=connection.info.dbname, **changes)
+
+
+@pytest.fixture
+def owner_url(database: psycopg.Connection, server_url: str) -> str:
+    return url_of(database, server_url)
+
+
+@pytest.fixture
+def service_url(database: psycopg.Connection, server_url: str) -> str:
+    return url_of(database, server_url, user="beacon_service", password=SERVICE_PASSWORD)
+
+
+@pytest.fixture
+def connect(owner_url: str) -> Iterator[Callable[..., psycopg.Connection]]:
+    """Open a session, the owner's unless another URL is given. Statements end after 20 s: a lost lock fails, not hangs."""
+    sessions = []
+
+    def connect(url: str = owner_url, **options: Any) -> psycopg.Connection:
+        session = psycopg.connect(url, **{"autocommit": True, "options": "-c statement_timeout=20s", **options})
+        sessions.append(session)
+        return session
+
+    yield connect
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture
+def db(connect: Callable[..., psycopg.Connection]) -> psycopg.Connection:
+    """The owner's session, for setting up and looking."""
+    return connect()
+
+
+@pytest.fixture
+def service(connect: Callable[..., psycopg.Connection], service_url: str) -> psycopg.Connection:
+    """The service role's session, which may call functions and nothing else."""
+    return connect(service_url)
+
+
+@pytest.fixture
+def make_job(db: psycopg.Connection) -> Callable[..., str]:
+    """Add a job with executions, as many as are asked for of each status."""
+    numbers = itertools.count(1)
+
+    def make_job(id: str | None = None, status: str = "processing", metadata: Any = None, **executions: int) -> str:
+        id = f"job-{next(numbers)}" if id is None else id
+        db.execute("INSERT INTO jobs (id, status, metadata) VALUES (%s, 'processing', %s)", (id, json.dumps(metadata) if metadata else None))
+        for execution_status, count in executions.items():
+            db.execute("INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)", (id, execution_status, count))
+        if status != "processing":
+            db.execute("UPDATE jobs SET status = %s WHERE id = %s", (status, id))
+        return id
+
+    return make_job
+
+
+@pytest.fixture
+def stop(service: psycopg.Connection) -> Callable[..., dict[str, Any]]:
+    """Stop a job as the service does, but for HTTP."""
+
+    def stop(id: str, reason: str | None = None) -> dict[str, Any]:
+        return service.execute("SELECT emergency_stop_job(%s, %s)", (id, reason)).fetchone()[0]
+
+    return stop
+
+
+def count_active(db: psycopg.Connection, job_id: str) -> int:
+    query = "SELECT count(*) FROM executions WHERE job_id = %s AND status IN ('pending', 'running', 'processing')"
+    return db.execute(query, (job_id,)).fetchone()[0]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    """Calls a WSGI application under wsgiref's validator."""
+
+    def __init__(self, app: Callable[..., Any]) -> None:
+        self.app = validator(app)
+
+    def __call__(self, method: str, path: str, body: bytes = b"", query: str = "", **environ: str) -> Answer:
+        full: dict[str, Any] = {
+            "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "CONTENT_LENGTH": str(len(body)),
+            "REMOTE_ADDR": "127.0.0.1", "wsgi.input": io.BytesIO(body), **environ,
+        }  # fmt: skip
+        setup_testing_defaults(full)
+        started: list[Any] = []
+        parts = self.app(full, lambda status, headers, exc_info=None: started.append((status, headers)))
+        try:
+            data = b"".join(parts)
+        finally:
+            parts.close()
+        status, headers = started[0]
+        return Answer(int(status.split()[0]), dict(headers), data)
+
+    def stop(self, id: str, body: bytes = b"{}", token: str = TOKEN, **environ: str) -> Answer:
+        path = f"/admin/jobs/{id}/emergency-stop".encode().decode("latin-1")
+        return self("POST", path, body, HTTP_X_ADMIN_TOKEN=token, **environ)
+
+
+@pytest.fixture
+def make_app(service_url: str) -> Iterator[Callable[..., beacon_stop.Application]]:
+    apps = []
+
+    def make_app(**settings: Any) -> beacon_stop.Application:
+        app = beacon_stop.create_app({}, **{"admin_token": TOKEN, "database_url": service_url, **GENEROUS, **settings})
+        apps.append(app)
+        return app
+
+    yield make_app
+    for app in apps:
+        app.close()
+
+
+@pytest.fixture
+def client(make_app: Callable[..., beacon_stop.Application]) -> Client:
+    return Client(make_app())
+
+
+@pytest.fixture
+def serve_app() -> Iterator[Callable[..., beacon_stop.Server]]:
+    """Serve an application with the stdlib server, in threads of this process."""
+    running = []
+
+    def serve_app(app: Callable[..., Any]) -> beacon_stop.Server:
+        server = beacon_stop.Server(app, "127.0.0.1", 0)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield serve_app
+    for server, thread in running:
+        server.stop()
+        thread.join(30)
+
+
+@dataclass
+class Service:
+    """`beacon-stop serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[dict[str, Any]]
+
+    def __call__(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
+        return send(self.url, method, path, body, **headers)
+
+    def stop(self, id: str, body: bytes = b"{}", token: str = TOKEN) -> Answer:
+        return self("POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": token})
+
+
+def send(url: str, method: str, path: str, body: bytes | None = None, timeout: float = 60, **headers: str) -> Answer:
+    """One HTTP request on a connection of its own."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return Answer(response.status, dict(response.getheaders()), response.read())
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start_service(**environment: str) -> Service:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "beacon_stop", "serve", "--port", "0"],
+            env={
+                "PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url,
+                "BEACON_ADMIN_RATE": "1000000/second", "BEACON_FAILED_RATE": "1000000/second", "BEACON_READ_RATE": "1000000/second",
+                **environment,
+            },
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        log: list[dict[str, Any]] = []
+        assert process.stderr
+        log.append(json.loads(process.stderr.readline()))
+        threading.Thread(target=lambda: log.extend(json.loads(line) for line in process.stderr), daemon=True).start()
+        return Service(process, log[0]["url"], log)
+
+    yield start_service
+    for process in started:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Iterator[SimpleNamespace]:
+    """Run a function beside the block; its result is there after the block, or its exception is raised."""
+    outcome = SimpleNamespace(result=None, error=None)
+
+    def run() -> None:
+        try:
+            outcome.result = function(*arguments)
+        except Exception as error:
+            outcome.error = error
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield outcome
+    finally:
+        thread.join(60)
+    assert not thread.is_alive(), "the function is still running"
+    if outcome.error:
+        raise outcome.error
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait for a condition and return its value; fails when the time is up."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+    return value
+
+
+def is_waiting(db: psycopg.Connection, session: psycopg.Connection) -> bool:
+    """Whether a session waits for a lock."""
+    return db.execute("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)).fetchone()[0]

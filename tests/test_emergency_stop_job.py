@@ -1,0 +1,227 @@
+"""sql/30_emergency_stop_job.sql: what one call does, says and leaves alone. Concurrency: test_hostile.py."""
+
+import json
+import re
+from datetime import datetime, timezone
+
+import psycopg
+import pytest
+from conftest import count_active
+
+
+def test_stops_the_job_and_its_active_executions_and_nothing_else(db, make_job, stop):
+    other = make_job(running=2)
+    job_id = make_job(pending=3, running=4, processing=5, completed=2, failed=1, cancelled=1)
+    kept = "SELECT * FROM executions WHERE status NOT IN ('pending', 'running', 'processing') ORDER BY id"
+    before = db.execute(kept).fetchall()
+
+    started = datetime.now(timezone.utc).replace(microsecond=0)
+    answer = stop(job_id)
+    assert list(answer) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at"]
+    assert answer | {"stopped_at": None} == {
+        "ok": True, "message": "Job emergency stopped", "job_id": job_id, "previous_status": "processing",
+        "new_status": "failed", "executions_stopped": 12, "stopped_at": None,
+    }  # fmt: skip
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", answer["stopped_at"])
+    stopped_at = datetime.strptime(answer["stopped_at"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    assert started <= stopped_at <= datetime.now(timezone.utc)
+
+    status, metadata, updated_at = db.execute("SELECT status, metadata, updated_at FROM jobs WHERE id = %s", (job_id,)).fetchone()
+    assert status == "failed"
+    assert metadata == {"emergency_stop": True, "stopped_at": answer["stopped_at"], "stopped_by": "admin"}
+    assert updated_at.replace(microsecond=0) == stopped_at
+    stopped = db.execute(
+        "SELECT DISTINCT status, completed_at, output FROM executions WHERE job_id = %s AND output IS NOT NULL", (job_id,)
+    ).fetchall()
+    assert stopped == [("failed", updated_at, {"error": "Emergency stop by admin", "emergency_stop": True})]
+    assert [row for row in db.execute(kept).fetchall() if row[3] is None] == before
+    assert count_active(db, job_id) == 0
+    assert count_active(db, other) == 2
+
+
+def test_stopping_twice_writes_nothing_and_locks_nothing(db, connect, make_job, stop):
+    job_id = make_job(running=3)
+    stop(job_id)
+    before = [db.execute(f"SELECT xmin, * FROM {table} ORDER BY id").fetchall() for table in ("jobs", "executions", "emergency_stops")]
+    session = connect(autocommit=False)
+
+    answer = session.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]
+    assert json.dumps(answer) == json.dumps(
+        {"ok": True, "message": "Job already in terminal state", "job_id": job_id, "status": "failed", "action": "none"}
+    )
+    assert session.execute("SELECT pg_current_xact_id_if_assigned()").fetchone() == (None,)
+    locks = session.execute("SELECT locktype, mode FROM pg_locks WHERE pid = pg_backend_pid()").fetchall()
+    assert {mode for kind, mode in locks if kind != "virtualxid"} == {"AccessShareLock"}
+    session.rollback()
+    assert [
+        db.execute(f"SELECT xmin, * FROM {table} ORDER BY id").fetchall() for table in ("jobs", "executions", "emergency_stops")
+    ] == before
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+def test_a_job_that_ended_by_itself_is_left_as_it_is(db, make_job, stop, status):
+    job_id = make_job(status=status, completed=2)
+
+    assert stop(job_id)["status"] == status
+    assert db.execute("SELECT status, metadata FROM jobs WHERE id = %s", (job_id,)).fetchone() == (status, None)
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("status", ["created", "pending", "processing", "paused", "a state nobody knows"])
+def test_every_other_state_can_be_stopped(make_job, stop, status):
+    assert stop(make_job(status=status, running=1))["previous_status"] == status
+
+
+def test_a_job_without_executions_is_stopped_too(db, make_job, stop):
+    job_id = make_job(status="created")
+
+    assert stop(job_id)["executions_stopped"] == 0
+    assert db.execute("SELECT status FROM jobs WHERE id = %s", (job_id,)).fetchone() == ("failed",)
+
+
+def test_leftovers_of_a_job_that_has_ended_are_stopped_and_reported(db, make_job, stop):
+    job_id = make_job(status="completed", running=2, completed=1)
+
+    answer = stop(job_id, "left over")
+    assert list(answer) == ["ok", "message", "job_id", "status", "action", "executions_stopped", "stopped_at", "reason"]
+    assert (answer["message"], answer["status"]) == ("Job already in terminal state", "completed")
+    assert (answer["action"], answer["executions_stopped"]) == ("executions_stopped", 2)
+    status, metadata = db.execute("SELECT status, metadata FROM jobs WHERE id = %s", (job_id,)).fetchone()
+    assert (status, metadata["emergency_stop"]) == ("completed", True)
+    assert db.execute("SELECT previous_status, executions_stopped FROM emergency_stops").fetchone() == ("completed", 2)
+    assert stop(job_id)["action"] == "none"
+
+
+def test_an_unknown_job(stop):
+    assert stop("nix") == {"error": "job not found", "job_id": "nix"}
+
+
+@pytest.mark.parametrize("id", ["a/b", "100%", "ä ö", "'; DROP TABLE jobs --", "\n", "\\", "x" * 255, "𝔘" * 255, '"', "{}", " "])
+def test_ids_of_any_characters(make_job, stop, id):
+    make_job(id, running=1)
+
+    assert (stop(id)["job_id"], stop(id)["action"]) == (id, "none")
+
+
+def test_the_reason_is_kept_in_metadata_audit_and_answer(db, make_job, stop):
+    job_id = make_job(running=1)
+
+    assert list(stop(job_id, "it costs “too” much").items())[-1] == ("reason", "it costs “too” much")
+    assert db.execute("SELECT metadata->>'reason' FROM jobs WHERE id = %s", (job_id,)).fetchone() == ("it costs “too” much",)
+    assert db.execute("SELECT reason FROM emergency_stops").fetchone() == ("it costs “too” much",)
+
+
+def test_a_reason_of_1000_characters_and_not_one_more(db, make_job, stop):
+    job_id = make_job(running=1)
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="reason has 1001 characters: expected at most 1000"):
+        stop(job_id, "ä" * 1001)
+    assert count_active(db, job_id) == 1
+    assert stop(job_id, "ä" * 1000)["reason"] == "ä" * 1000
+
+
+def test_the_audit_row(db, make_job, stop):
+    job_id = make_job(running=2)
+    answer = stop(job_id, "why")
+
+    rows = db.execute("SELECT * FROM emergency_stops").fetchall()
+    ((_, *row, stopped_at),) = rows
+    assert row[:6] == [job_id, "processing", 2, "why", "admin", "beacon_service"]
+    assert stopped_at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") == answer["stopped_at"]
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (None, {}),
+        ("null", {}),
+        ('{"a": 1, "error": "x"}', {"a": 1}),
+        ("[1, 2]", {"previous": [1, 2]}),
+        ('"text"', {"previous": "text"}),
+        ("7", {"previous": 7}),
+    ],
+)
+def test_metadata_and_output_of_any_json_are_kept(db, make_job, stop, value, kept):
+    job_id = make_job(running=1)
+    db.execute("UPDATE jobs SET metadata = %s", (value,))
+    db.execute("UPDATE executions SET output = %s", (value,))
+
+    stop(job_id)
+    metadata, output = db.execute("SELECT j.metadata, e.output FROM jobs j, executions e").fetchone()
+    previous = kept.get("previous")
+    assert (metadata["emergency_stop"], output["emergency_stop"], output["error"]) == (True, True, "Emergency stop by admin")
+    assert (metadata.get("previous_metadata"), output.get("previous_output")) == (previous, previous)
+    assert metadata.get("a") == output.get("a") == kept.get("a")
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_it_refuses_to_run_on_an_old_snapshot(connect, make_job, db, level):
+    job_id = make_job(running=1)
+    session = connect()
+
+    with session.transaction():
+        session.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        with pytest.raises(psycopg.errors.InvalidTransactionState, match=f"cannot run in a {level} transaction"), session.transaction():
+            session.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    assert count_active(db, job_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("off", "on"), ("local", "local"), ("on", "on"), ("remote_write", "remote_write"), ("remote_apply", "remote_apply")]
+)
+def test_the_commit_is_flushed_and_a_stricter_setting_never_lowered(connect, make_job, before, after):
+    job_id = make_job(running=1)
+    session = connect(autocommit=False)
+    session.execute(f"SET synchronous_commit = {before}")
+    session.commit()
+
+    session.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    assert session.execute("SHOW synchronous_commit").fetchone() == (after,)
+    session.commit()
+    assert session.execute("SHOW synchronous_commit").fetchone() == (before,), "the caller's setting is not ours to keep"
+
+
+@pytest.mark.parametrize("setting", ["0", "7s"])
+def test_the_callers_lock_timeout_is_as_it_was(connect, make_job, setting):
+    job_id = make_job(running=1)
+    session = connect(autocommit=False)
+    session.execute(f"SET LOCAL lock_timeout = '{setting}'")
+
+    session.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    assert session.execute("SHOW lock_timeout").fetchone() == (setting,)
+
+
+def test_a_rolled_back_stop_has_not_happened(connect, db, make_job):
+    job_id = make_job(running=3)
+    session = connect(autocommit=False)
+    session.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    session.rollback()
+
+    assert count_active(db, job_id) == 3
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
+
+
+def test_the_notification(connect, make_job, stop):
+    job_id = make_job(running=2)
+    listener = connect()
+    listener.execute("LISTEN emergency_stop")
+    answer = stop(job_id)
+    stop(job_id)  # nothing to tell
+
+    (notification,) = listener.notifies(timeout=1)
+    assert json.loads(notification.payload) == {"job_id": job_id, "stopped_at": answer["stopped_at"], "executions_stopped": 2}
+
+
+def test_the_cost_does_not_depend_on_the_size_of_the_tables(db, make_job):
+    """The plan of every statement on executions goes by the job's active executions."""
+    job_id = make_job(running=42)
+    make_job("big", completed=20_000)
+    db.execute("INSERT INTO executions (job_id, status) SELECT %s, 'completed' FROM generate_series(1, 20000)", (job_id,))
+    db.execute("VACUUM ANALYZE executions")
+    read = "SELECT sum(idx_blks_read + idx_blks_hit + heap_blks_read + heap_blks_hit) FROM pg_statio_user_tables WHERE relname = 'executions'"
+    db.execute("SELECT pg_stat_force_next_flush()" if db.info.server_version >= 150000 else "SELECT")
+    before = db.execute(read).fetchone()[0]
+
+    db.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    db.execute("SELECT pg_stat_force_next_flush()" if db.info.server_version >= 150000 else "SELECT")
+    assert db.execute(read).fetchone()[0] - before < 1_000
