@@ -100,6 +100,7 @@ MAX_BIGINT = 2**63 - 1
 PAGE_ROWS = 1_000  # of a listing, read from the database at a time
 PAGE_BYTES = 256 * 1024  # the same, whichever comes first
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
+AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
 RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -405,6 +406,7 @@ class Database:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.away = threading.Event()  # the last attempt to connect has failed
         self.admin = self._pool("admin", settings.admin_pool, settings.admin_pool)
         self.watch = self._pool("watch", 1, 1)
         self.read = self._pool("read", 1, settings.read_pool)
@@ -423,11 +425,13 @@ class Database:
             configure=self._configure,
             timeout=POOL_TIMEOUT,
             reconnect_timeout=1.0,  # then the next call tries anew, at once: no growing delays when it comes back
+            reconnect_failed=lambda _: self.away.set(),
             num_workers=2,
             open=True,
         )
 
     def _configure(self, connection: psycopg.Connection[Any]) -> None:
+        self.away.clear()
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
             " set_config('default_transaction_isolation', 'read committed', false)",
@@ -442,7 +446,7 @@ class Database:
         A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
         """
         for last_try in (False, True):
-            connection = pool.getconn(timeout)
+            connection = pool.getconn(min(timeout, AWAY_TIMEOUT) if self.away.is_set() else timeout)
             try:
                 return connection.execute(query, tuple(parameters)).fetchall()
             except psycopg.OperationalError as error:
@@ -1170,7 +1174,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
         return fail(f"the database refused: {error.diag.message_primary or error}{hint}")
     except OSError as error:
-        return fail(f"cannot listen on {host} port {port}: {error.strerror or error}")
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        return fail(f"cannot listen on {host} port {port}: {reason}")
     return 0
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,10 +66,8 @@ def create_service_role(**connection: Any) -> None:
     connection.pop("autocommit")
     create_role, grants = readme_block("sql", "CREATE ROLE beacon_service").split(";", 1)
     with psycopg.connect(**connection, autocommit=True) as db:
-        try:
+        with suppress(psycopg.errors.DuplicateObject):  # roles are the server's, and this one may be from an earlier run
             db.execute(create_role)
-        except psycopg.errors.DuplicateObject:  # roles are the server's, and this one may be from an earlier run
-            pass
         db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
         db.execute(grants)
 
@@ -128,7 +126,9 @@ def make_job(db: psycopg.Connection) -> Callable[..., str]:
 
     def make_job(id: str | None = None, status: str = "processing", metadata: Any = None, **executions: int) -> str:
         id = f"job-{next(numbers)}" if id is None else id
-        db.execute("INSERT INTO jobs (id, status, metadata) VALUES (%s, 'processing', %s)", (id, json.dumps(metadata) if metadata else None))
+        db.execute(
+            "INSERT INTO jobs (id, status, metadata) VALUES (%s, 'processing', %s)", (id, json.dumps(metadata) if metadata else None)
+        )
         for execution_status, count in executions.items():
             db.execute("INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)", (id, execution_status, count))
         if status != "processing":
@@ -173,7 +173,7 @@ class Client:
     def __call__(self, method: str, path: str, body: bytes = b"", query: str = "", **environ: str) -> Answer:
         full: dict[str, Any] = {
             "REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query, "CONTENT_LENGTH": str(len(body)),
-            "REMOTE_ADDR": "127.0.0.1", "wsgi.input": io.BytesIO(body), **environ,
+            "REMOTE_ADDR": "127.0.0.1", "SCRIPT_NAME": "", "wsgi.input": io.BytesIO(body), **environ,
         }  # fmt: skip
         setup_testing_defaults(full)
         started: list[Any] = []
@@ -270,9 +270,10 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
         started.append(process)
         log: list[dict[str, Any]] = []
         assert process.stderr
-        log.append(json.loads(process.stderr.readline()))
+        while not log or log[-1]["event"] != "serving":
+            log.append(json.loads(process.stderr.readline()))
         threading.Thread(target=lambda: log.extend(json.loads(line) for line in process.stderr), daemon=True).start()
-        return Service(process, log[0]["url"], log)
+        return Service(process, log[-1]["url"], log)
 
     yield start_service
     for process in started:

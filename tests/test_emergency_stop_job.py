@@ -167,7 +167,8 @@ def test_it_refuses_to_run_on_an_old_snapshot(connect, make_job, db, level):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("off", "on"), ("local", "local"), ("on", "on"), ("remote_write", "remote_write"), ("remote_apply", "remote_apply")]
+    ("before", "after"),
+    [("off", "on"), ("local", "local"), ("on", "on"), ("remote_write", "remote_write"), ("remote_apply", "remote_apply")],
 )
 def test_the_commit_is_flushed_and_a_stricter_setting_never_lowered(connect, make_job, before, after):
     job_id = make_job(running=1)
@@ -218,7 +219,9 @@ def test_the_cost_does_not_depend_on_the_size_of_the_tables(db, make_job):
     make_job("big", completed=20_000)
     db.execute("INSERT INTO executions (job_id, status) SELECT %s, 'completed' FROM generate_series(1, 20000)", (job_id,))
     db.execute("VACUUM ANALYZE executions")
-    read = "SELECT sum(idx_blks_read + idx_blks_hit + heap_blks_read + heap_blks_hit) FROM pg_statio_user_tables WHERE relname = 'executions'"
+    read = (
+        "SELECT sum(idx_blks_read + idx_blks_hit + heap_blks_read + heap_blks_hit) FROM pg_statio_user_tables WHERE relname = 'executions'"
+    )
     db.execute("SELECT pg_stat_force_next_flush()" if db.info.server_version >= 150000 else "SELECT")
     before = db.execute(read).fetchone()[0]
 

@@ -1,0 +1,534 @@
+"""The application, called through wsgiref's validator: routes, answers, refusals, limits, the log."""
+
+import json
+import re
+import tracemalloc
+
+import psycopg
+import pytest
+from conftest import TOKEN, Client, count_active
+
+import beacon_stop
+
+
+def log_lines(capsys, event="emergency_stop"):
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+# --- The stop ---
+
+
+def test_stop(client, make_job, db):
+    job_id = make_job(running=3)
+
+    answer = client.stop(job_id)
+    assert answer.status == 200
+    assert list(answer.json) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at"]
+    assert (answer.json["executions_stopped"], count_active(db, job_id)) == (3, 0)
+
+    answer = client.stop(job_id)
+    assert answer.status == 200
+    assert answer.json == {
+        "ok": True, "message": "Job already in terminal state", "job_id": job_id, "status": "failed", "action": "none",
+    }  # fmt: skip
+
+
+def test_the_answer_is_postgresqls_own(client, make_job, db):
+    job_id = make_job(running=1)
+    client.stop(job_id)
+
+    assert client.stop(job_id).body.decode() == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
+
+
+def test_an_unknown_job(client):
+    answer = client.stop("nix")
+
+    assert (answer.status, answer.json) == (404, {"error": "job not found", "job_id": "nix"})
+
+
+def test_leftovers(client, make_job):
+    answer = client.stop(make_job(status="cancelled", running=2))
+
+    assert (answer.status, answer.json["action"], answer.json["executions_stopped"]) == (200, "executions_stopped", 2)
+
+
+IDS = [
+    "a/b",
+    "a/emergency-stop",
+    "/",
+    "//",
+    "100%",
+    "%2F",
+    "a b",
+    "äöü",
+    "日本",
+    "\n",
+    "\r\n",
+    "\x01",
+    "?x=1#y",
+    "..",
+    "'\"\\",
+    "x" * 255,
+    "𝔘" * 255,
+]
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_ids_of_any_characters(client, make_job, id):
+    make_job(id, running=1)
+
+    assert client.stop(id).json["job_id"] == id
+    assert client("GET", f"/api/v1/jobs/{id}".encode().decode("latin-1")).json["job"]["id"] == id
+
+
+@pytest.mark.parametrize("id", ["", "x" * 256, "a\0b", "\udcff"])
+def test_ids_that_no_table_can_hold(client, id):
+    path = f"/admin/jobs/{id}/emergency-stop".encode("utf-8", "surrogateescape").decode("latin-1")
+
+    answer = client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert answer.status == 400
+    assert re.match("job id (cannot be used: expected 1 to 255 characters|is not UTF-8)", answer.json["error"])
+
+
+def test_the_reason(client, make_job, db):
+    job_id = make_job(running=1)
+
+    assert (
+        client.stop(job_id, json.dumps({"reason": "costs", "other": 1e999}).replace("Infinity", "1e999").encode()).json["reason"] == "costs"
+    )
+    assert db.execute("SELECT reason, database_user FROM emergency_stops").fetchone() == ("costs", "beacon_service")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b' {"x": 1} ', b'{"reason": null, "force": null}', b'{"force": false}', b'{"x": ' + b"9" * 9_000 + b"}"]
+)
+def test_bodies_that_ask_for_nothing_special(client, make_job, body):
+    answer = client.stop(make_job(running=1), body)
+
+    assert (answer.status, "reason" in answer.json) == (200, False)
+
+
+BODIES = {
+    b"x": "body is not JSON",
+    b" ": "body is not JSON",
+    b"{": "body is not JSON",
+    b'{"a": NaN}': "body is not JSON",
+    b'{"a": -Infinity}': "body is not JSON",
+    b"\xff": "body is not JSON",
+    b"\xef\xbb\xbf{}": "body is not JSON",
+    b"[" * 16_000: "body is not JSON",
+    b'{"a":' * 3_000: "body is not JSON",
+    b"[]": "body is not a JSON object",
+    b"null": "body is not a JSON object",
+    b'"x"': "body is not a JSON object",
+    b'{"reason": 1}': "reason cannot be used",
+    b'{"reason": ["x"]}': "reason cannot be used",
+    b'{"reason": "\\u0000"}': "reason cannot be used",
+    b'{"reason": "\\ud800"}': "reason cannot be used",
+    json.dumps({"reason": "x" * 1_001}).encode(): "reason cannot be used: expected text of at most 1000 characters",
+    b'{"force": 1}': "force cannot be used",
+    b'{"force": "true"}': "force cannot be used",
+}
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
+    job_id = make_job(running=1)
+
+    answer = client.stop(job_id, body)
+    assert answer.status == 400
+    assert answer.json["error"].startswith(BODIES[body])
+    assert count_active(db, job_id) == 1
+
+
+def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
+    job_id = make_job(running=1)
+    body = b'{"x": "%s"}' % (b"y" * (16 * 1024 - 9))
+
+    assert client.stop(job_id, body + b" ").status == 413
+    assert client.stop(job_id, b"x" * 100_000).status == 413
+    assert count_active(db, job_id) == 1
+    assert client.stop(job_id, body).status == 200
+
+
+def test_a_body_of_unknown_length(client, make_job):
+    job_id = make_job(running=1)
+
+    assert client.stop(job_id, CONTENT_LENGTH="", HTTP_TRANSFER_ENCODING="chunked").status == 411
+    assert client.stop(job_id, b"{}", CONTENT_LENGTH="9").status == 400
+
+
+# --- The token ---
+
+
+@pytest.mark.parametrize("token", [None, "", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), f"{TOKEN},{TOKEN}", "ä" * 20])
+def test_without_the_token_nothing_is_told(client, make_job, db, token):
+    job_id = make_job(running=1)
+    headers = {} if token is None else {"HTTP_X_ADMIN_TOKEN": token}
+
+    answers = [
+        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers) for id in (job_id, "nix", "x" * 300) for body in (b"{}", b"[")
+    ]
+    assert {(answer.status, answer.body) for answer in answers} == {(403, b'{"error": "forbidden"}\n')}
+    assert count_active(db, job_id) == 1
+
+
+def test_a_token_of_other_letters(make_app, make_job):
+    client = Client(make_app(admin_token="schlüssel-für-alle-fälle"))
+
+    assert client.stop(make_job(), token="schlüssel-für-alle-fälle".encode().decode("latin-1")).status == 200
+
+
+def test_the_token_in_any_other_place_is_not_looked_at(client, make_job):
+    job_id = make_job(running=1)
+    path = f"/admin/jobs/{job_id}/emergency-stop"
+
+    assert client("POST", path, query=f"token={TOKEN}&X-Admin-Token={TOKEN}").status == 403
+    assert client("POST", path, HTTP_AUTHORIZATION=f"Bearer {TOKEN}").status == 403
+    assert client("POST", path, json.dumps({"token": TOKEN}).encode(), HTTP_COOKIE=f"token={TOKEN}").status == 403
+
+
+# --- Reading ---
+
+
+def test_a_job(client, make_job):
+    job_id = make_job(metadata={"a": 1})
+
+    answer = client("GET", f"/api/v1/jobs/{job_id}")
+    assert answer.status == 200
+    assert list(answer.json) == ["job", "status"]
+    assert list(answer.json["job"]) == ["id", "status", "metadata", "created_at", "updated_at"]
+    answer = client("GET", "/api/v1/jobs/nix")
+    assert (answer.status, answer.json) == (404, {"error": "job not found", "job_id": "nix"})
+
+
+def test_a_job_whose_metadata_has_an_error_is_found(client, make_job):
+    assert client("GET", f"/api/v1/jobs/{make_job(metadata={'error': 'x'})}").status == 200
+
+
+def test_executions(client, make_job):
+    make_job(running=1)
+    job_id = make_job(running=3, completed=2)
+
+    def ids(query):
+        answer = client("GET", "/api/v1/executions", query=query)
+        assert answer.status == 200
+        assert list(answer.json) == ["executions"]
+        return [execution["id"] for execution in answer.json["executions"]]
+
+    assert ids(f"job_id={job_id}") == [2, 3, 4, 5, 6]
+    assert ids(f"job_id={job_id}&status=completed") == [5, 6]
+    assert ids(f"job_id={job_id}&limit=2") == [2, 3]
+    assert ids(f"job_id={job_id}&after=3&limit=2&unknown=x") == [4, 5]
+    assert ids("job_id=nix") == []
+    assert ids(f"job_id={job_id}&status=no+such") == []
+
+
+@pytest.mark.parametrize("count", [999, 1_000, 1_001, 2_500])
+def test_executions_of_several_pages(client, make_job, count):
+    answer = client("GET", "/api/v1/executions", query=f"job_id={make_job(completed=count)}")
+
+    assert [execution["id"] for execution in answer.json["executions"]] == list(range(1, count + 1))
+    assert "Content-Length" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("", "job_id is missing"),
+        ("job_id=", "job id cannot be used"),
+        ("job_id=a%00", "job id cannot be used"),
+        ("job_id=%ff", "query cannot be read"),
+        ("job_id=" + "x" * 256, "job id cannot be used"),
+        ("job_id=a&job_id=b", "job_id is given 2 times"),
+        ("job_id=a&limit=0", "limit cannot be used: expected a whole number from 1 to"),
+        ("job_id=a&limit=-1", "limit cannot be used"),
+        ("job_id=a&limit=1.5", "limit cannot be used"),
+        ("job_id=a&limit=%D9%A3", "limit cannot be used"),
+        ("job_id=a&limit=99999999999999999999", "limit cannot be used"),
+        ("job_id=a&after=x", "after cannot be used"),
+        ("job_id=a&after=", "after cannot be used"),
+        ("job_id=a&status=", "status cannot be used"),
+        ("job_id=a&status=%00", "status cannot be used"),
+        ("&".join("x" for _ in range(200)), "query cannot be read"),
+    ],
+)
+def test_queries_that_cannot_be_used(client, query, error):
+    answer = client("GET", "/api/v1/executions", query=query)
+
+    assert answer.status == 400
+    assert answer.json["error"].startswith(error)
+
+
+def test_health(client, make_app, db):
+    assert client("GET", "/health/live").json == {"ok": True}
+    assert client("GET", "/health/ready").json == {"ok": True}
+
+    db.execute("DROP FUNCTION get_job(text)")
+    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_blockers(text) FROM beacon_service")
+    answer = client("GET", "/health/ready")
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
+    assert "emergency_stop_blockers(text), get_job(text)" in answer.json["error"]
+    assert client("GET", "/api/v1/jobs/a").status == 503
+
+
+def test_without_a_database(make_app):
+    client = Client(make_app(database_url="postgresql://nobody:secret-password@127.0.0.1:9/nowhere?connect_timeout=1"))
+
+    assert client("GET", "/health/live").status == 200
+    for answer in (client("GET", "/health/ready"), client("GET", "/api/v1/jobs/a"), client.stop("a")):
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+
+
+# --- All answers ---
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/admin/jobs/a", 404),
+        ("POST", "/admin/jobs/emergency-stop", 404),
+        ("GET", "/health", 404),
+        ("GET", "/api/v1/jobs", 404),
+        ("GET", "/api/v1/executions/", 404),
+        ("GET", "/admin/jobs/a/emergency-stop", 405),
+        ("HEAD", "/admin/jobs/a/emergency-stop", 405),
+        ("DELETE", "/api/v1/jobs/a", 405),
+        ("POST", "/health/live", 405),
+        ("OPTIONS", "/api/v1/executions", 405),
+        ("POST", "/admin/jobs/a/emergency-stop", 403),
+        ("GET", "/api/v1/jobs/a", 404),
+        ("HEAD", "/api/v1/jobs/a", 404),
+        ("GET", "/health/live", 200),
+        ("HEAD", "/health/live", 200),
+        ("HEAD", "/health/ready", 200),
+    ],
+)
+def test_every_answer_has_its_headers(client, method, path, status):
+    answer = client(method, path)
+
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["X-Request-ID"])
+    if method == "HEAD":
+        assert answer.body == b""
+        assert int(answer.headers["Content-Length"]) > 0
+    else:
+        assert int(answer.headers["Content-Length"]) == len(answer.body)
+        assert answer.json
+    if status == 405:
+        assert answer.headers["Allow"] == ("POST" if path.startswith("/admin") else "GET, HEAD")
+
+
+def test_head_of_the_listing(client, make_job):
+    answer = client("HEAD", "/api/v1/executions", query=f"job_id={make_job(running=1)}")
+
+    assert (answer.status, answer.body) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)]
+)
+def test_the_callers_request_id(client, given, taken):
+    answer = client("GET", "/health/live", HTTP_X_REQUEST_ID=given)
+
+    assert (answer.headers["X-Request-ID"] == given) == taken
+
+
+def test_a_bug_leaks_no_detail(client, make_job, db, capsys):
+    job_id = make_job(running=1)
+    db.execute("ALTER FUNCTION emergency_stop_job RENAME TO hidden")
+    db.execute("CREATE FUNCTION emergency_stop_job(id text, reason text) RETURNS json LANGUAGE sql AS $$ SELECT NULL::json $$")
+
+    answer = client.stop(job_id, HTTP_X_REQUEST_ID="req-1")
+    assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": "req-1"})
+    logged = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["request_id"] for line in logged] == ["req-1", "req-1"]
+    assert "Traceback" in "".join(line.get("traceback", "") for line in logged)
+
+
+# --- Limits ---
+
+
+def test_the_buckets_are_separate(make_app, make_job, db):
+    client = Client(make_app(admin_rate="3/minute", failed_rate="2/minute", read_rate="4/minute"))
+    job_id = make_job(running=1)
+
+    assert [client.stop("x", token="wrong").status for _ in range(4)] == [403, 403, 429, 429]
+    assert [client("GET", "/api/v1/jobs/x").status for _ in range(5)] == [404, 404, 404, 404, 429]
+    answers = [client.stop(job_id) for _ in range(4)]
+    assert [answer.status for answer in answers] == [200, 200, 200, 429]
+    assert answers[-1].json == {"error": "too many requests", "retry_after": int(answers[-1].headers["Retry-After"])}
+    assert 1 <= answers[-1].json["retry_after"] <= 20
+    assert [client("GET", path).status for path in ("/health/live", "/health/ready") * 5] == [200] * 10
+
+
+def test_clients_are_told_apart_by_address_and_ipv6_network(make_app):
+    client = Client(make_app(read_rate="1/hour"))
+
+    def status(address, **more):
+        return client("GET", "/api/v1/jobs/x", REMOTE_ADDR=address, **more).status
+
+    assert [status("10.0.0.1"), status("10.0.0.1"), status("10.0.0.2")] == [404, 429, 404]
+    assert [status("2001:db8::1"), status("2001:db8::2"), status("2001:db8:0:1::1")] == [404, 429, 404]
+    assert [status("::ffff:10.0.0.1"), status("::ffff:10.0.0.3"), status("10.0.0.3")] == [429, 404, 429]
+    assert status("10.0.0.1", HTTP_X_FORWARDED_FOR="10.0.0.9") == 429, "nobody trusts that header unless told to"
+
+
+def test_the_client_behind_trusted_proxies(make_app):
+    client = Client(make_app(read_rate="1/hour", trusted_proxies="2"))
+
+    def status(forwarded, address="10.9.9.9"):
+        return client("GET", "/api/v1/jobs/x", REMOTE_ADDR=address, HTTP_X_FORWARDED_FOR=forwarded).status
+
+    assert [status("1.1.1.1, 2.2.2.2"), status("9.9.9.9,1.1.1.1 , 3.3.3.3"), status("1.1.1.2, 2.2.2.2")] == [404, 429, 404]
+    assert [status("[2001:db8::1]:443, x"), status("2001:db8::2, x"), status("1.1.1.1:80, x")] == [404, 429, 429]
+    assert [status("only-one"), status("nonsense, x"), status("", "10.9.9.8")] == [404, 429, 404], "then it is the peer"
+
+
+def test_a_bucket_refills_evenly():
+    now = [0.0]
+    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(60, 60), clock=lambda: now[0])
+
+    def taken(count):
+        accepted = 0
+        for _ in range(count):
+            try:
+                limiter.take("a")
+                accepted += 1
+            except beacon_stop.HTTPError as error:
+                assert error.status == 429
+        return accepted
+
+    assert taken(100) == 60
+    now[0] += 1.5
+    assert taken(100) == 1
+    now[0] += 0.5
+    assert taken(100) == 1
+    now[0] += 1_000
+    assert taken(100) == 60
+    with pytest.raises(beacon_stop.HTTPError) as refused:
+        limiter.take("a")
+    assert refused.value.headers == {"Retry-After": "1"}
+
+
+def test_any_number_of_clients_takes_bounded_memory():
+    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(10, 60))
+    tracemalloc.start()
+    for number in range(20_000):
+        limiter.take(f"10.0.{number // 256}.{number % 256}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert len(limiter._full_at) == limiter.max_clients < 20_000
+    assert peak < 10_000_000
+
+
+# --- The log ---
+
+
+def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
+    client = Client(make_app(failed_rate="1/minute"))
+    job_id = make_job(running=2)
+    client.stop(job_id, b'{"reason": "line\\nbreak"}', HTTP_X_REQUEST_ID="req-1")
+    client.stop(job_id)
+    client.stop("nix")
+    client.stop(make_job(status="failed", running=1))
+    client.stop(job_id, b"[")
+    client.stop(job_id, token="wrong-but-long-enough")
+    client.stop(job_id, token="wrong-but-long-enough")
+
+    lines = log_lines(capsys)
+    assert [line["outcome"] for line in lines] == [
+        "stopped", "already_terminal", "not_found", "executions_stopped", "body is not JSON: expected a JSON object or no body",
+        "forbidden", "too many requests",
+    ]  # fmt: skip
+    first = lines[0]
+    assert first | {"time": None, "duration_ms": None} == {
+        "time": None, "event": "emergency_stop", "request_id": "req-1", "client": "127.0.0.1", "job_id": job_id, "outcome": "stopped",
+        "executions_stopped": 2, "reason": "line\nbreak", "duration_ms": None, "status": 200,
+    }  # fmt: skip
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
+    assert 0 < first["duration_ms"] < 60_000
+    assert [line["job_id"] for line in lines[-2:]] == [job_id, job_id]
+
+
+def test_secrets_stay_secret(make_app, make_job, service_url, capsys):
+    app = make_app(database_url="postgresql://u:secret-password@127.0.0.1:9/nowhere?connect_timeout=1")
+    client = Client(app)
+    client.stop("a")
+    client.stop("a", token=TOKEN + "x")
+    client("GET", "/health/ready")
+
+    written = capsys.readouterr()
+    assert TOKEN not in written.err + written.out
+    assert "secret-password" not in written.err + written.out
+    assert TOKEN not in repr(app.service().settings)
+    assert "secret-password" not in repr(app.service().settings)
+
+
+# --- Configuration of an embedded application ---
+
+
+def test_a_bad_configuration_answers_503_and_is_logged(capsys):
+    client = Client(beacon_stop.Application(lambda: beacon_stop.Settings.from_environment({"ADMIN_TOKEN": TOKEN})))
+
+    answer = client.stop("a")
+    assert (answer.status, answer.json) == (503, {"error": "service is not configured"})
+    assert "DATABASE_URL is not set" in log_lines(capsys, "configuration_error")[0]["error"]
+
+
+def test_create_app_checks_explicit_settings_at_once():
+    with pytest.raises(beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"):
+        beacon_stop.create_app({}, admin_token="short", database_url="postgresql:///x")
+    with pytest.raises(beacon_stop.ConfigurationError, match="unknown setting rate: expected one of admin_token"):
+        beacon_stop.create_app({}, rate=1)
+
+
+def test_the_module_holds_the_application():
+    assert isinstance(vars(beacon_stop)["application"], beacon_stop.Application)
+
+
+# --- The database behind ---
+
+
+def test_a_lost_connection_is_replaced_and_the_call_tried_again(client, make_job, db):
+    job_id = make_job(running=1)
+    client.stop("warm up")
+    db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'")
+
+    assert client.stop(job_id).json["executions_stopped"] == 1
+    assert client("GET", f"/api/v1/jobs/{job_id}").status == 200
+
+
+def test_readers_never_use_the_admins_connections(client, make_job, db):
+    client.stop(make_job())
+    client("GET", "/api/v1/jobs/x")
+
+    names = db.execute(
+        "SELECT application_name, count(*) FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%' GROUP BY 1"
+    ).fetchall()
+    assert dict(names)["beacon-stop admin"] == 4
+    assert dict(names)["beacon-stop read"] >= 1
+
+
+def test_a_database_that_defaults_to_serializable(db, make_app, make_job):
+    db.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', current_database()); END $$"
+    )
+
+    assert Client(make_app()).stop(make_job(running=1)).json["executions_stopped"] == 1
+
+
+def test_a_call_beyond_the_statement_timeout_is_refused_and_changes_nothing(db, make_app, make_job):
+    client = Client(make_app(statement_timeout="300ms", lock_timeout="10s"))
+    job_id = make_job(running=1)
+    with psycopg.connect(db.info.dsn) as other:
+        other.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+
+        answer = client.stop(job_id)
+    assert (answer.status, answer.json["error"]) == (503, "statement timeout: the database took too long")
+    assert count_active(db, job_id) == 1

