@@ -272,8 +272,9 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
         assert process.stderr
         while not log or log[-1]["event"] != "serving":
             log.append(json.loads(process.stderr.readline()))
+        url = log[-1]["url"]
         threading.Thread(target=lambda: log.extend(json.loads(line) for line in process.stderr), daemon=True).start()
-        return Service(process, log[-1]["url"], log)
+        return Service(process, url, log)
 
     yield start_service
     for process in started:
