@@ -53,7 +53,7 @@ from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
-from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qs, unquote_to_bytes
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
 
@@ -168,9 +168,16 @@ def read_database_url(text: str) -> str:
     if not text:
         raise ConfigurationError("DATABASE_URL is not set: expected a libpq URL such as postgresql://user@host/database")
     try:
-        conninfo_to_dict(text)
-    except psycopg.Error:  # its text may quote the password
+        text.encode()
+        parameters = conninfo_to_dict(text)
+        ports = [int(port) for port in str(parameters.get("port") or 5432).split(",") if port]
+        int(parameters.get("connect_timeout") or 0)
+    except (psycopg.Error, ValueError):  # their texts may quote the password
         raise ConfigurationError("DATABASE_URL cannot be read: expected a libpq URL such as postgresql://user@host/database") from None
+    if not all(0 < port <= 65_535 for port in ports):
+        raise ConfigurationError("DATABASE_URL has a port that is none: expected a whole number from 1 to 65535")
+    if "@" in str(parameters.get("host", "")):  # what follows would be logged as a host
+        raise ConfigurationError("DATABASE_URL has an @ in its host: expected %40 for an @ in the password")
     return text
 
 
@@ -233,8 +240,9 @@ def log_event(event: str, **fields: Any) -> None:
     """Write one JSON object on a line of stderr, in one piece, so that lines of several threads do not mix."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-    sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # nobody reads stderr any more, which is no reason not to stop a job
+        sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
+        sys.stderr.flush()
 
 
 # --- Requests ---------------------------------------------------------------------------------------------------------
@@ -274,8 +282,10 @@ class Request:
 
     def read_query(self, *names: str) -> dict[str, str]:
         """Those of the named parameters that the query has; others are ignored."""
+        # Bytes that were not percent-encoded arrive as Latin-1 characters.
+        text = re.sub(r"[\x80-\xff]", lambda match: f"%{ord(match[0]):02X}", self.environ.get("QUERY_STRING", ""))
         try:
-            query = parse_qs(self.environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="strict", max_num_fields=100)
+            query = parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
             raise HTTPError(HTTPStatus.BAD_REQUEST, "query cannot be read: expected up to 100 parameters in UTF-8") from None
         for name in names:
@@ -289,7 +299,7 @@ class Request:
         length = self.environ.get("CONTENT_LENGTH") or ""
         if self.environ.get("wsgi.input_terminated"):  # the server ends the stream, whatever the headers say
             expected = MAX_BODY + 1
-        elif self.environ.get("HTTP_TRANSFER_ENCODING"):
+        elif "HTTP_TRANSFER_ENCODING" in self.environ:
             raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "body has no length: expected a Content-Length")
         elif not re.fullmatch(r"[0-9]*", length):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length cannot be read: expected a whole number")
@@ -418,7 +428,8 @@ class Database:
                     "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
         return ConnectionPool(
             self.settings.database_url,
-            kwargs={"autocommit": True, "prepare_threshold": 0} | {key: value for key, value in defaults.items() if key not in parameters},
+            kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"}
+            | {key: value for key, value in defaults.items() if key not in parameters},
             min_size=min_size,
             max_size=max_size,
             name=name,
@@ -449,8 +460,9 @@ class Database:
             connection = pool.getconn(min(timeout, AWAY_TIMEOUT) if self.away.is_set() else timeout)
             try:
                 return connection.execute(query, tuple(parameters)).fetchall()
-            except psycopg.OperationalError as error:
-                if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)):
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
+                # A server that ends, or that has become a standby: the next connection may find another one.
+                if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
                     connection.close()
                 if last_try or not connection.closed:
                     raise
@@ -470,6 +482,8 @@ def explain(error: psycopg.Error) -> HTTPError:
         return unavailable("statement timeout: the database took too long")
     if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
         return unavailable("database is not ready for this version: see /health/ready")
+    if isinstance(error, errors.ReadOnlySqlTransaction):
+        return unavailable("database is read-only")
     if isinstance(error, psycopg.OperationalError):
         return unavailable("database unavailable")
     if isinstance(error, psycopg.DataError):
@@ -604,7 +618,7 @@ class Service:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
         self.limit_read(request)
         answer = self.read_call(GET_JOB, (request.read_id(job_id),))[0][0]
-        found = "error" not in json.loads(answer)
+        found = answer.startswith('{"job"')  # not parsed: metadata may hold numbers and depths that Python does not take
         return Response(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND, answer.encode() + b"\n")
 
     def list_executions(self, request: Request) -> Response:
@@ -727,11 +741,13 @@ application = create_app()
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])")
-HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+HEADER_NAME = re.compile(TOKEN)
+HEADER_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
-ADMIN_THREADS = 16  # for everything but the reads, so that readers who take their time keep no operator out
-READ_THREADS = 32
+# Threads that answer, by the beginning of the path: readers who take their time, and health checks of a database that
+# is away, keep no operator out.
+THREADS = {"/api/": 32, "/health/": 4, "/": 16}
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
 IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
 WRITE_TIMEOUT = 30.0  # seconds for a client to take what is sent at once
@@ -747,8 +763,8 @@ class Connection:
         self.peer = peer
         self.received = bytearray()
         self.searched = 0  # how much of it holds no end of a head
+        self.incoming: Incoming | None = None  # the head, once it is there
         self.deadline = time.monotonic() + READ_TIMEOUT
-        self.continued = False  # 100 Continue was sent for the request that is arriving
         self.draining = False  # answered, and only read on because closing on unread bytes could destroy the answer
 
 
@@ -764,22 +780,24 @@ class Incoming:
         if not match:
             raise HTTPError(HTTPStatus.BAD_REQUEST, "request line cannot be read: expected METHOD /path HTTP/1.1")
         if match[3] != b"1":
-            raise HTTPError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP version not supported: expected HTTP/1.1")
+            raise HTTPError(HTTPStatus.BAD_REQUEST, "HTTP version not supported: expected HTTP/1.1")
         target = match[2].decode("latin-1")
         if not target.startswith(("/", "*")):
-            parts = urlsplit(target)
-            if parts.scheme not in ("http", "https"):
+            absolute = re.fullmatch(r"https?://[^/?#]*([^?#]*)(\?[^#]*)?", target, re.IGNORECASE)
+            if not absolute:
                 raise HTTPError(HTTPStatus.BAD_REQUEST, "request target cannot be read: expected a path that begins with /")
-            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            target = (absolute[1] or "/") + (absolute[2] or "")
         path, _, query = target.partition("?")
+        path = unquote_to_bytes(path.encode("latin-1")).decode("latin-1")
 
         fields: dict[str, list[str]] = {}
         for line in lines:
-            header = HEADER_LINE.fullmatch(line)
-            if not header:
+            raw_name, colon, raw_value = line.partition(b":")
+            if not colon or not HEADER_NAME.fullmatch(raw_name) or not HEADER_VALUE.fullmatch(raw_value):
                 raise HTTPError(HTTPStatus.BAD_REQUEST, "header cannot be read: expected lines of the form Name: value")
-            if b"_" not in header[1]:  # in the environ it could pass for the one with a dash
-                fields.setdefault(header[1].decode("ascii").upper().replace("-", "_"), []).append(header[2].decode("latin-1"))
+            if b"_" not in raw_name:  # in the environ it could pass for the one with a dash
+                name = raw_name.decode("ascii").upper().replace("-", "_")
+                fields.setdefault(name, []).append(raw_value.strip(b" \t").decode("latin-1"))
         for name in ("CONTENT_LENGTH", "HOST", "CONTENT_TYPE"):
             if len(fields.get(name, ())) > 1:
                 raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name.replace('_', '-').title()} is given twice: expected once")
@@ -795,11 +813,11 @@ class Incoming:
         self.body_is_read = self.body_length <= MAX_BODY and "TRANSFER_ENCODING" not in values
         self.keep_alive = match[4] != b"0" and self.body_is_read and "close" not in values.get("CONNECTION", "").lower()
         self.expects_continue = match[4] != b"0" and values.get("EXPECT", "").lower() == "100-continue"
-        self.is_read = path.startswith("/api/")
+        self.lane = next((lane for lane in ("/api/", "/health/") if path.startswith(lane)), "/")
         self.environ: dict[str, Any] = {
             "REQUEST_METHOD": match[1].decode("ascii"),
             "SCRIPT_NAME": "",
-            "PATH_INFO": unquote_to_bytes(path.encode("latin-1")).decode("latin-1"),
+            "PATH_INFO": path,
             "QUERY_STRING": query,
             "SERVER_PROTOCOL": f"HTTP/1.{match[4].decode('ascii')}",
             "REMOTE_ADDR": peer,
@@ -815,6 +833,8 @@ class Handler(SimpleHandler):
     server_software = None
     keep_alive = False
     headers: Headers
+    environ: dict[str, Any]
+    headers_sent: bool
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
@@ -828,8 +848,16 @@ class Handler(SimpleHandler):
         if not issubclass(exc_info[0], OSError):  # the client went away
             log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
 
+    def finish_content(self) -> None:
+        if self.environ["REQUEST_METHOD"] == "HEAD" and not self.headers_sent:
+            self.send_headers()  # without the length of 0 that an empty body would be given
+        else:
+            super().finish_content()
+
     def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        return list(refusal(HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error"))(environ, start_response))
+        error = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+        # The application may have begun an answer, which only the exception at hand allows to replace.
+        return list(refusal(error)(environ, lambda status, headers: start_response(status, headers, sys.exc_info())))
 
 
 def refusal(error: HTTPError) -> Callable[..., Iterable[bytes]]:
@@ -847,7 +875,10 @@ class Server:
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
         self.application = application
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        except UnicodeError:
+            raise ConfigurationError(f"HOST is {host!r}: expected an address or a name") from None
         self.listener = socket.create_server(address[:2], family=family, backlog=1024)
         self.listener.setblocking(False)
         self.host, self.port = self.listener.getsockname()[:2]
@@ -862,8 +893,7 @@ class Server:
         self.wake_receiver, self.wake_sender = socket.socketpair()
         self.wake_receiver.setblocking(False)
         self.wake_sender.setblocking(False)
-        self.admin_threads = ThreadPoolExecutor(ADMIN_THREADS, "admin")
-        self.read_threads = ThreadPoolExecutor(READ_THREADS, "read")
+        self.threads = {lane: ThreadPoolExecutor(number, lane) for lane, number in THREADS.items()}
 
     @property
     def url(self) -> str:
@@ -893,11 +923,11 @@ class Server:
             time.sleep(0.02)
         with self.lock:
             for connection, incoming in self.answering.items():
-                if incoming.is_read:
+                if incoming.lane == "/api/":
                     with suppress(OSError):
                         connection.socket.shutdown(socket.SHUT_RDWR)
-        self.admin_threads.shutdown()
-        self.read_threads.shutdown()
+        for threads in self.threads.values():
+            threads.shutdown()
         self.selector.close()
         self.wake_receiver.close()
         self.wake_sender.close()
@@ -905,13 +935,16 @@ class Server:
     def turn(self, timeout: float) -> None:
         """Do what the sockets are ready for, then close the connections whose time is up."""
         for key, _ in self.selector.select(timeout):
-            key.data()
+            try:
+                key.data()
+            except Exception:  # whatever one connection brings, the others go on
+                log_event("error", traceback=traceback.format_exc())
         now = time.monotonic()
         if now < self.next_sweep:
             return
         self.next_sweep = now + 1.0
         for connection in [connection for connection in self.waiting if connection.deadline <= now]:
-            if connection.received and not connection.draining:
+            if (connection.received or connection.incoming) and not connection.draining:
                 self.refuse(connection, HTTPError(HTTPStatus.REQUEST_TIMEOUT, "request did not arrive in time"))
             self.close(connection)
 
@@ -952,7 +985,7 @@ class Server:
         if not data:
             self.close(connection)
         elif not connection.draining:
-            if not connection.received:
+            if not connection.received and not connection.incoming:
                 connection.deadline = time.monotonic() + READ_TIMEOUT
             connection.received += data
             self.take_request(connection)
@@ -960,39 +993,51 @@ class Server:
     def take_request(self, connection: Connection) -> None:
         """Hand the request over to a thread if it is whole; answer at once if it cannot be read."""
         received = connection.received
-        while received.startswith(b"\r\n"):
-            del received[:2]
-        end = END_OF_HEAD.search(received, max(0, connection.searched - 3))
-        if (end.start() if end else len(received)) > MAX_HEAD:
-            error = HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers are too large: expected at most {MAX_HEAD} bytes")
-            return self.refuse(connection, error)
-        if not end:
-            connection.searched = len(received)
-            return
-        try:
-            incoming = Incoming(bytes(received[: end.start()]), connection.peer)
-        except HTTPError as error:
-            return self.refuse(connection, error)
-        body_end = end.end() + (incoming.body_length if incoming.body_is_read else 0)
-        if len(received) < body_end:
-            if incoming.expects_continue and not connection.continued:
-                connection.continued = True
+        if connection.incoming is None:
+            while received.startswith(b"\r\n"):
+                del received[:2]
+            end = END_OF_HEAD.search(received, max(0, connection.searched - 3))
+            if (end.start() if end else len(received)) > MAX_HEAD:
+                error = HTTPError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers are too large: expected at most {MAX_HEAD} bytes")
+                return self.refuse(connection, error)
+            if not end:
+                connection.searched = len(received)
+                return
+            try:
+                if end[0] != b"\r\n\r\n":
+                    raise HTTPError(HTTPStatus.BAD_REQUEST, "headers cannot be read: expected each line to end with CR LF")
+                connection.incoming = Incoming(bytes(received[: end.start()]), connection.peer)
+            except HTTPError as error:
+                return self.refuse(connection, error)
+            del received[: end.end()]
+        incoming = connection.incoming
+        if incoming.body_is_read and len(received) < incoming.body_length:
+            if incoming.expects_continue:
+                incoming.expects_continue = False
                 with suppress(OSError):
                     connection.socket.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return
-        body = bytes(received[end.end() : body_end])
-        del received[:body_end]
-        connection.searched, connection.continued = 0, False
+        length = incoming.body_length if incoming.body_is_read else 0
+        body = bytes(received[:length])
+        del received[:length]
+        connection.searched, connection.incoming = 0, None
         self.unwatch(connection)
         with self.lock:
             self.answering[connection] = incoming
-        threads = self.read_threads if incoming.is_read else self.admin_threads
-        threads.submit(self.answer, connection, incoming, body)
+        self.threads[incoming.lane].submit(self.answer, connection, incoming, body)
 
     def refuse(self, connection: Connection, error: HTTPError) -> None:
         """Answer a request that cannot be read, and nothing more on this connection."""
+        head = bytes(connection.received[:MAX_HEAD])
+        request_id = re.search(rb"\nx-request-id:[ \t]*([\x21-\x7e]{1,128})[ \t]*\r", head, re.IGNORECASE)
+        environ = {
+            "REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "HTTP_X_REQUEST_ID": request_id[1].decode("ascii") if request_id else "",
+        }
         output = BytesIO()
-        Handler(BytesIO(), output, sys.stderr, {"REQUEST_METHOD": "GET", "SERVER_PROTOCOL": "HTTP/1.1"}).run(refusal(error))
+        Handler(BytesIO(), output, sys.stderr, environ).run(refusal(error))
+        log_event("refused", client=connection.peer, outcome=error.error, status=int(error.status))
         connection.draining = True
         with suppress(OSError):
             connection.socket.send(output.getvalue())

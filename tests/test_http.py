@@ -207,6 +207,15 @@ def test_a_job_whose_metadata_has_an_error_is_found(client, make_job):
     assert client("GET", f"/api/v1/jobs/{make_job(metadata={'error': 'x'})}").status == 200
 
 
+@pytest.mark.parametrize("metadata", ['{"n": 1e5000}', '{"a": ' + "[" * 3_000 + "]" * 3_000 + "}"])
+def test_metadata_that_python_could_not_read(client, db, make_job, metadata):
+    job_id = make_job()
+    db.execute("UPDATE jobs SET metadata = %s", (metadata,))
+
+    assert client("GET", f"/api/v1/jobs/{job_id}").status == 200
+    assert client.stop(job_id).status == 200
+
+
 def test_executions(client, make_job):
     make_job(running=1)
     job_id = make_job(running=3, completed=2)
@@ -223,6 +232,8 @@ def test_executions(client, make_job):
     assert ids(f"job_id={job_id}&after=3&limit=2&unknown=x") == [4, 5]
     assert ids("job_id=nix") == []
     assert ids(f"job_id={job_id}&status=no+such") == []
+    make_job("jöb", running=1)
+    assert ids("job_id=j%C3%B6b") == ids("job_id=jöb".encode().decode("latin-1")) == [7]
 
 
 @pytest.mark.parametrize("count", [999, 1_000, 1_001, 2_500])
@@ -240,6 +251,7 @@ def test_executions_of_several_pages(client, make_job, count):
         ("job_id=", "job id cannot be used"),
         ("job_id=a%00", "job id cannot be used"),
         ("job_id=%ff", "query cannot be read"),
+        ("job_id=\xff", "query cannot be read"),
         ("job_id=" + "x" * 256, "job id cannot be used"),
         ("job_id=a&job_id=b", "job_id is given 2 times"),
         ("job_id=a&limit=0", "limit cannot be used: expected a whole number from 1 to"),
@@ -470,6 +482,16 @@ def test_secrets_stay_secret(make_app, make_job, service_url, capsys):
     assert "secret-password" not in repr(app.service().settings)
 
 
+def test_a_log_that_nobody_reads_keeps_no_job_running(client, make_job, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Closed())
+
+    assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
+
+
 # --- Configuration of an embedded application ---
 
 
@@ -521,6 +543,32 @@ def test_a_database_that_defaults_to_serializable(db, make_app, make_job):
     )
 
     assert Client(make_app()).stop(make_job(running=1)).json["executions_stopped"] == 1
+
+
+def test_a_database_that_is_read_only(db, make_app, make_job):
+    """As the primary is that has become a standby."""
+    db.execute("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$")
+
+    answer = Client(make_app()).stop(make_job(running=1))
+    assert (answer.status, answer.json) == (503, {"error": "database is read-only"})
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_of_another_encoding(database_server, server_url, make_app, encoding):
+    with psycopg.connect(server_url, autocommit=True) as db:
+        db.execute("DROP DATABASE IF EXISTS other")
+        db.execute(f"CREATE DATABASE other ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
+    url = psycopg.conninfo.make_conninfo(server_url, dbname="other")
+    beacon_stop.init_db(url)
+    with psycopg.connect(url, autocommit=True, client_encoding="UTF8") as db:
+        db.execute("INSERT INTO jobs (id, status) VALUES ('jöb', 'processing')")
+        db.execute("INSERT INTO executions (job_id, output) VALUES ('jöb', '{\"ü\": 1}')")
+    client = Client(make_app(database_url=url))
+
+    assert client("GET", "/api/v1/executions", query="job_id=j%C3%B6b").json["executions"][0]["output"] == {"ü": 1}
+    assert client.stop("jöb", '{"reason": "groß"}'.encode()).json["reason"] == "groß"
+    assert client("GET", "/api/v1/jobs/" + "jöb".encode().decode("latin-1")).json["job"]["id"] == "jöb"
+    assert client.stop("日本").status == (404 if encoding == "SQL_ASCII" else 400)
 
 
 def test_a_call_beyond_the_statement_timeout_is_refused_and_changes_nothing(db, make_app, make_job):

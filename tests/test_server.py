@@ -78,9 +78,12 @@ REFUSED = {
     "no version": (b"GET /health/live\r\n\r\n", 400),
     "two spaces": (b"GET  /health/live HTTP/1.1\r\n\r\n", 400),
     "nonsense": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
-    "another protocol": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "another protocol": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
     "a target of another scheme": (b"GET ftp://x/health/live HTTP/1.1\r\n\r\n", 400),
     "a huge header": (LIVE + b"X-A: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+    "a head that ends with bare line feeds": (b"GET /health/live HTTP/1.1\r\nHost: x\n\nGET / HTTP/1.1\r\n\r\n", 400),
+    "an empty encoding": (STOP + b"Transfer-Encoding:\r\n\r\n{}", 411),
+    "a value of white space that ends badly": (LIVE + b"X-A:" + b" " * 16_000 + b"\0\r\n\r\n", 400),
     "headers without end": (LIVE + b"X-A: x\r\n" * 5_000, 431),
 }
 
@@ -104,6 +107,7 @@ READ = {
     "HTTP/1.0": b"GET /health/live HTTP/1.0\r\n\r\n",
     "no host": b"GET /health/live HTTP/1.1\r\n\r\n",
     "an absolute target": b"GET http://x:1/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+    "an absolute target at an address that is none": b"GET http://[/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
     "a query": b"GET /health/live?a=%zz&\xff HTTP/1.1\r\nHost: x\r\n\r\n",
     "a body that nobody asked for": LIVE + b"Content-Length: 2\r\n\r\n{}",
     "odd but clear headers": LIVE + b"X-A:\r\nX-B:\t\xff \t\r\nx-c:1\r\n\r\n",
@@ -163,6 +167,38 @@ def test_a_client_that_waits_to_be_told_to_go_on(server):
         assert file.readline() == b"\r\n"
         sock.sendall(b"{}")
         assert read_answer(file).status == 404
+
+
+def test_readers_get_no_admin_thread_by_spelling_the_path_otherwise():
+    for path in ("/api/v1/jobs/a", "/%61pi/v1/jobs/a", "http://x/%61%70i/v1/jobs/a"):
+        assert beacon_stop.Incoming(f"GET {path} HTTP/1.1".encode(), "").lane == "/api/"
+
+
+def test_refusals_of_the_server_keep_the_callers_request_id_and_the_rules_of_head(server):
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(b"HEAD /health/live HTTP/1.1\r\nX-Request-Id: req-1\r\nContent-Length: x\r\n\r\n")
+        answer = file.read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"X-Request-ID: req-1\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_head_of_the_listing_claims_no_length(server, make_job):
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(f"HEAD /api/v1/executions?job_id={make_job(running=1)} HTTP/1.1\r\n\r\n".encode())
+        answer = file.read()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"Content-Length" not in answer
+
+
+def test_an_answer_that_fails_before_its_first_byte_is_a_500(serve_app):
+    def application(environ, start_response):
+        start_response("200 OK", [("Content-Type", "application/json")])
+        raise RuntimeError("a bug")
+        yield b""
+
+    (answer,) = exchange(serve_app(application).url, LIVE + b"\r\n")
+    assert (answer.status, answer.json) == (500, {"error": "internal error"})
 
 
 def test_a_large_body_is_refused_without_reading_it(server):
