@@ -15,20 +15,64 @@ $$;
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             it was stopped after this transaction's snapshot
--- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row, FOR KEY SHARE
+--          deadlock_detected (40P01)                 a stop of it waits for rows that this transaction has locked
+--          lock_not_available (55P03)                a stop of it has taken longer than lock_timeout, if that is set
+-- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_status text;
+    v_barrier      CONSTANT bigint := hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint);
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_deadline     timestamptz;
+    v_wait         interval := '50ms';
+    v_status       text;
 BEGIN
-    -- Assigned, since an assignment is evaluated without the query that PERFORM runs: every insert comes through here.
-    v_status := pg_advisory_xact_lock_shared(hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint))::text;
+    IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
+        -- A stop is at work, or queues for the barrier: so do we. If it waits for us, one has to give way, and
+        -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns.
+        v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN 'infinity' ELSE v_lock_timeout END::interval;
+        LOOP
+            BEGIN
+                PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_wait))::text, true);
+                PERFORM pg_advisory_xact_lock_shared(v_barrier);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                IF EXISTS (
+                    WITH RECURSIVE waits (pid) AS (
+                        SELECT l.pid
+                        FROM pg_locks l
+                        WHERE l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
+                          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+                          AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
+                        UNION
+                        SELECT b.pid FROM waits w CROSS JOIN unnest(pg_blocking_pids(w.pid)) AS b (pid)
+                    )
+                    SELECT FROM waits w WHERE w.pid = pg_backend_pid()
+                ) THEN
+                    RAISE deadlock_detected
+                        USING MESSAGE = format('deadlock with an emergency stop of job %s', quote_literal(admit_execution.job_id)),
+                              DETAIL = 'The stop waits, perhaps for others who wait, for rows that this transaction has locked. It goes first.';
+                ELSIF clock_timestamp() >= v_deadline THEN
+                    RAISE lock_not_available
+                        USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id));
+                END IF;
+                v_wait := least(2 * v_wait, '1s');
+            END;
+        END LOOP;
+        PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    END IF;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since.
-        SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR KEY SHARE;
+        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since, but not
+        -- FOR KEY SHARE, which the foreign key may have got before that. No stop can hold the row now, so whoever does
+        -- is passed over; and the lock is let go of at once, since it would hold up every update of the job.
+        BEGIN
+            SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR SHARE SKIP LOCKED;
+            RAISE triggered_action_exception;
+        EXCEPTION WHEN triggered_action_exception THEN
+        END;
     ELSE
         SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id;
     END IF;

@@ -70,55 +70,42 @@ BEGIN
     BEGIN
         PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
         PERFORM pg_advisory_xact_lock(v_barrier);
-    EXCEPTION WHEN lock_not_available THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
-                  DETAIL = format('Other transactions that write to it have held it for %s; nothing was changed.', v_patience),
-                  HINT = 'SELECT * FROM emergency_stop_blockers(…) in a second session names them while a stop waits.';
+
+        -- From here on nobody else starts an execution. What is left to wait for are the rows that others hold.
+        LOOP
+            BEGIN
+                PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest('1ms', v_deadline - clock_timestamp())))::text, true);
+                v_now := clock_timestamp();
+                v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+                UPDATE executions e
+                SET status = 'failed',
+                    completed_at = v_now,
+                    output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
+                                  WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
+                                  ELSE '{}'
+                             END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
+                WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
+                GET DIAGNOSTICS v_stopped = ROW_COUNT;
+                -- After the executions: workers who lock one of them and then the job must not find it locked by us.
+                SELECT j.* INTO STRICT v_job FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+                EXIT;
+            EXCEPTION WHEN deadlock_detected THEN
+                -- Our rows are let go of, so that the other one can finish; the barrier is kept.
+                CONTINUE WHEN clock_timestamp() < v_deadline;
+                RAISE lock_not_available;
+            END;
+        END LOOP;
+    EXCEPTION
+        WHEN lock_not_available THEN
+            RAISE lock_not_available
+                USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
+                      DETAIL = format('Other transactions have held it for %s; nothing was changed.', v_patience),
+                      HINT = 'While a stop waits, SELECT * FROM emergency_stop_blockers(…) in a second session names them.';
+        WHEN no_data_found THEN  -- deleted while we waited
+            RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
     END;
-
-    -- From here on nobody else starts an execution. What is left to wait for are the rows that others hold.
-    LOOP
-        BEGIN
-            -- A worker that holds a row and then queues for the barrier deadlocks with us. PostgreSQL ends whoever
-            -- has waited for deadlock_timeout: no single wait of ours is that long, so that it is the worker.
-            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest(
-                '1ms', least(v_deadline - clock_timestamp(), current_setting('deadlock_timeout')::interval / 2))))::text, true);
-
-            SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
-            EXIT WHEN NOT FOUND;
-
-            v_now := clock_timestamp();
-            v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
-            UPDATE executions e
-            SET status = 'failed',
-                completed_at = v_now,
-                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
-                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
-                              ELSE '{}'
-                         END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
-            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
-            GET DIAGNOSTICS v_stopped = ROW_COUNT;
-            EXIT;
-        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-            IF clock_timestamp() >= v_deadline THEN
-                RAISE lock_not_available
-                    USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
-                          DETAIL = format('Other transactions have held rows of it for %s; nothing was changed.', v_patience),
-                          HINT = 'SELECT * FROM emergency_stop_blockers(…) in a second session names them while a stop waits.';
-            END IF;
-            -- Keep what is free, so that every round leaves fewer rows that somebody else can get hold of.
-            PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE SKIP LOCKED;
-            PERFORM FROM executions e
-            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
-            FOR NO KEY UPDATE SKIP LOCKED;
-        END;
-    END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
-    IF v_job.id IS NULL THEN  -- deleted while we waited
-        RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
-    END IF;
     v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
     IF v_terminal AND v_stopped = 0 THEN
         RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,

