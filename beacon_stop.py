@@ -44,7 +44,7 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ from wsgiref.headers import Headers
 import psycopg
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, PoolTimeout
 
 __all__ = ["ConfigurationError", "application", "create_app"]
 
@@ -476,12 +476,14 @@ class Database:
             pool.close()
 
 
-def explain(error: psycopg.Error) -> HTTPError:
-    """What a caller is told of an error of the database; raises it again if it can only be a bug."""
+def explain(error: psycopg.Error, away: bool) -> HTTPError:
+    """What a caller is told of an error of the database (`away`: it is known to be); raises it again if it can only be a bug."""
     if isinstance(error, errors.QueryCanceled):
         return unavailable("statement timeout: the database took too long")
     if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
         return unavailable("database is not ready for this version: see /health/ready")
+    if isinstance(error, PoolTimeout) and not away:
+        return unavailable("all database connections are busy")
     if isinstance(error, errors.ReadOnlySqlTransaction):
         return unavailable("database is read-only")
     if isinstance(error, psycopg.OperationalError):
@@ -562,6 +564,8 @@ class Service:
         self.failed_calls = RateLimiter(settings.failed_rate)
         self.reads = RateLimiter(settings.read_rate)
         self.database = Database(settings)
+        self.lock = threading.Lock()
+        self.looks: dict[str, Future[None]] = {}  # for each job that is locked, the call that finds out by whom
 
     def stop_job(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
@@ -575,10 +579,7 @@ class Service:
         force = body.get("force")
         if not isinstance(force, (bool, type(None))):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "force cannot be used: expected true or false")
-        try:
-            answer = self.database.call(self.database.admin, STOP_JOB, (job_id, request.reason))[0][0]
-        except errors.LockNotAvailable:
-            answer = self.stop_locked_job(job_id, request.reason, bool(force))
+        answer = self.call_stop(job_id, request.reason, bool(force))
         summary = json.loads(answer)
         if "error" in summary:
             request.outcome = "not_found"
@@ -587,31 +588,71 @@ class Service:
         request.executions_stopped = summary.get("executions_stopped", 0)
         return Response(HTTPStatus.OK, answer.encode() + b"\n")
 
+    def call_stop(self, job_id: str, reason: str | None, force: bool) -> str:
+        """Call emergency_stop_job and return its answer; raises HTTPError 503 with the sessions in the way of a locked job.
+
+        While one call finds out who they are, the others for that job wait for what it finds instead of for the job:
+        they leave the database connections to other jobs.
+        """
+        with self.lock:
+            look = self.looks.get(job_id)
+        if look and not force and (error := look.exception()):
+            raise error
+        try:
+            answer: str = self.database.call(self.database.admin, STOP_JOB, (job_id, reason))[0][0]
+            return answer
+        except errors.LockNotAvailable:
+            pass
+        with self.lock:
+            look = self.looks.get(job_id)
+            if not look:
+                mine = self.looks[job_id] = Future[None]()
+        if look and not force and (error := look.exception()):
+            raise error
+        error = None
+        try:
+            return self.stop_locked_job(job_id, reason, force)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if not look:
+                with self.lock:
+                    del self.looks[job_id]
+                mine.set_exception(error) if error else mine.set_result(None)
+
     def stop_locked_job(self, job_id: str, reason: str | None, force: bool) -> str:
         """Try a stop again that ran into the lock timeout, and watch from a second session who is in its way.
 
-        With `force` those who have been in the way for longer than the lock timeout are ended.
-        Returns the stop's answer; raises HTTPError 503 with the sessions in the way.
+        With `force` those whose transactions are older than the lock timeout are ended.
         """
         blockers: dict[int, dict[str, Any]] = {}
-        ended = 0
+        since: dict[int, float] = {}
+        ended, not_ended = 0, list[Any]()
         with ThreadPoolExecutor(1) as executor:
             stop = executor.submit(self.database.call, self.database.admin, STOP_JOB, (job_id, reason))
             while not wait_for([stop], timeout=0.05).done:
-                rows = self.database.call(self.database.watch, STOP_BLOCKERS, (job_id,))
-                names = ("pid", "application_name", "state", "transaction_seconds")
-                seen = [dict(zip(names, row, strict=True)) for row in rows]
-                blockers.update((one["pid"], one) for one in seen)
-                if force and seen and all((one["transaction_seconds"] or 0) >= self.settings.lock_timeout for one in seen):
-                    result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
-                    ended += result["sessions_ended"]
-                    force = not result["not_ended"]
+                try:
+                    rows = self.database.call(self.database.watch, STOP_BLOCKERS, (job_id,))
+                    names = ("pid", "application_name", "state", "transaction_seconds")
+                    blockers = {row[0]: dict(zip(names, row, strict=True)) for row in rows} or blockers
+                    since = {pid: since.get(pid, time.monotonic()) for pid in blockers}
+                    # A role that may not see when a transaction began goes by how long it has been in the way.
+                    old = (one["transaction_seconds"] or 2 * (time.monotonic() - since[pid]) for pid, one in blockers.items())
+                    if force and rows and not not_ended and min(old) >= self.settings.lock_timeout:
+                        result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
+                        ended += result["sessions_ended"]
+                        not_ended = result["not_ended"]
+                except psycopg.Error as error:  # then it is not known who they are
+                    log_event("error", job_id=job_id, error=str(error))
+                    time.sleep(0.5)
         try:
             answer: str = stop.result()[0][0]
         except errors.LockNotAvailable:
-            raise unavailable("job is locked", job_id=job_id, blocked_by=[blockers[pid] for pid in sorted(blockers)]) from None
+            details = {"job_id": job_id, "blocked_by": [blockers[pid] for pid in sorted(blockers)]}
+            raise unavailable("job is locked", **details, **({"not_ended": not_ended} if not_ended else {})) from None
         if ended:
-            answer = f'{answer[:-1]}, "sessions_ended" : {ended}}}'
+            answer = f'{answer[:-1]}, "sessions_ended": {ended}}}'
         return answer
 
     def get_job(self, request: Request, job_id: str) -> Response:
@@ -684,7 +725,7 @@ class Service:
             try:
                 response = answer()
             except psycopg.Error as error:
-                raise explain(error) from error
+                raise explain(error, self.database.away.is_set()) from error
             status = response.status
             return response
         except HTTPError as error:
@@ -711,7 +752,7 @@ class Service:
         try:
             return self.database.call(self.database.read, query, parameters, timeout)
         except psycopg.Error as error:
-            raise explain(error) from error
+            raise explain(error, self.database.away.is_set()) from error
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
@@ -1120,9 +1161,16 @@ def sql_files() -> list[Path]:
 def init_db(database_url: str) -> None:
     """Install sql/ in one transaction; raises psycopg.Error, and then nothing is installed."""
     with psycopg.connect(database_url, connect_timeout=10, application_name="beacon-stop init-db") as connection:
+        connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED  # each statement has to see what other installers did
+        connection.add_notice_handler(print_warning)
         connection.execute("SET LOCAL lock_timeout = '10s'")
         for file in sql_files():
             connection.execute(file.read_bytes())
+
+
+def print_warning(diagnostic: psycopg.errors.Diagnostic) -> None:
+    if diagnostic.severity_nonlocalized == "WARNING":
+        print(f"beacon-stop: warning: {diagnostic.message_primary}\n{diagnostic.message_hint or ''}", file=sys.stderr)
 
 
 @contextmanager

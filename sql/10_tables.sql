@@ -11,6 +11,10 @@
 
 DO $$
 BEGIN
+    IF current_schema() IS NULL THEN
+        RAISE invalid_schema_name
+            USING MESSAGE = 'search_path names no schema that exists: expected the one to install into';
+    END IF;
     -- Each file begins so: installers take turns, and every name means the installer's first schema, never a temporary table.
     PERFORM pg_advisory_lock(hashtext('beacon-stop install'));       -- until the end of this file
     PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));  -- until the commit, if the caller has a transaction
@@ -26,6 +30,7 @@ DECLARE
     v_need record;
     v_type regtype;
     v_size int;
+    v_generated boolean;
     v_kind "char";
 BEGIN
     FOR v_need IN
@@ -47,12 +52,13 @@ BEGIN
     LOOP
         SELECT c.relkind INTO v_kind FROM pg_class c WHERE c.oid = to_regclass(v_need.table_name);
         CONTINUE WHEN NOT FOUND;
-        IF v_kind NOT IN ('r', 'p') THEN
+        -- Rows that move between partitions, or are written to a child, pass by the triggers of the guard.
+        IF v_kind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE to_regclass(v_need.table_name) IN (i.inhrelid, i.inhparent)) THEN
             RAISE wrong_object_type
-                USING MESSAGE = format('%s is not a table: expected an ordinary or a partitioned table', v_need.table_name);
+                USING MESSAGE = format('%s is not an ordinary table: expected one without partitions or children', v_need.table_name);
         END IF;
 
-        SELECT a.atttypid, a.atttypmod - 4 INTO v_type, v_size  -- 4: what varchar(n) adds to n
+        SELECT a.atttypid, a.atttypmod - 4, a.attgenerated <> '' INTO v_type, v_size, v_generated  -- 4: what varchar(n) adds to n
         FROM pg_attribute a
         WHERE a.attrelid = to_regclass(v_need.table_name) AND a.attname = v_need.column_name AND NOT a.attisdropped;
         IF NOT FOUND AND v_need.can_be_added THEN
@@ -64,6 +70,9 @@ BEGIN
             RAISE undefined_column
                 USING MESSAGE = format('column %s.%s is missing: expected %s',
                                        v_need.table_name, v_need.column_name, array_to_string(v_need.types, ' or '));
+        ELSIF v_generated THEN
+            RAISE datatype_mismatch
+                USING MESSAGE = format('column %s.%s is generated: expected one that can be set', v_need.table_name, v_need.column_name);
         ELSIF v_type <> ALL (v_need.types) THEN
             RAISE datatype_mismatch
                 USING MESSAGE = format('column %s.%s has type %s: expected %s',
@@ -118,10 +127,10 @@ $$;
 -- the size of the tables has no part in. CREATE INDEX IF NOT EXISTS would lock the table before it looks.
 DO $$
 BEGIN
-    IF to_regclass('executions_job_id_active_idx') IS NULL THEN
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_active_idx') THEN
         CREATE INDEX executions_job_id_active_idx ON executions (job_id) WHERE status IN ('pending', 'running', 'processing');
     END IF;
-    IF to_regclass('executions_job_id_id_idx') IS NULL THEN
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_id_idx') THEN
         CREATE INDEX executions_job_id_id_idx ON executions (job_id, id);
     END IF;
 END;
@@ -169,7 +178,7 @@ BEGIN
 END;
 $$;
 
--- Default privileges of the installer may have granted more than reading.
+-- Default privileges of the installer may have granted more than reading, of the table and of its sequence.
 DO $$
 DECLARE
     v_grantee name;
@@ -177,13 +186,25 @@ BEGIN
     FOR v_grantee IN
         SELECT DISTINCT pg_get_userbyid(g.grantee)
         FROM pg_class c, aclexplode(c.relacl) g
-        WHERE c.oid = to_regclass('emergency_stops') AND g.grantee NOT IN (0, c.relowner)
+        WHERE c.oid IN (to_regclass('emergency_stops'), to_regclass('emergency_stops_id_seq')) AND g.grantee NOT IN (0, c.relowner)
     LOOP
         EXECUTE format('REVOKE INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER ON emergency_stops FROM %I', v_grantee);
+        EXECUTE format('REVOKE ALL ON SEQUENCE emergency_stops_id_seq FROM %I', v_grantee);
     END LOOP;
 END;
 $$;
 REVOKE ALL ON emergency_stops FROM PUBLIC;
+REVOKE ALL ON SEQUENCE emergency_stops_id_seq FROM PUBLIC;
+
+DO $$
+BEGIN
+    IF has_schema_privilege('public', current_schema(), 'CREATE') THEN
+        RAISE WARNING USING
+            MESSAGE = format('everyone may create functions in schema %I, also such as take the place of what these functions call', current_schema()),
+            HINT = format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC;', current_schema());
+    END IF;
+END;
+$$;
 
 DO $$
 BEGIN

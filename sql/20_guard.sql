@@ -136,7 +136,7 @@ BEGIN
     END IF;
     RAISE object_not_in_prerequisite_state
         USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
-              HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = … in one statement.';
+              HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = ... in one statement.';
 END;
 $$;
 REVOKE ALL ON FUNCTION guard_stopped_execution() FROM PUBLIC;
@@ -159,7 +159,7 @@ BEGIN
     END IF;
     RAISE object_not_in_prerequisite_state
         USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
-              HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = … in one statement.';
+              HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = ... in one statement.';
 END;
 $$;
 REVOKE ALL ON FUNCTION guard_stopped_job() FROM PUBLIC;

@@ -2,15 +2,16 @@
 -- Returns  {"ok": true, "message": "Job emergency stopped", "job_id": "a", "previous_status": "processing",
 --           "new_status": "failed", "executions_stopped": 42, "stopped_at": "2025-09-29T23:48:00Z"}
 --          {"ok": true, "message": "Job already in terminal state", "job_id": "a", "status": "failed", "action": "none"}
---          the same with "action": "executions_stopped", "executions_stopped": 3, "stopped_at": …, if a job that
+--          the same with "action": "executions_stopped", "executions_stopped": 3, "stopped_at": ..., if a job that
 --          had ended still had active executions
 --          {"error": "job not found", "job_id": "a"}
 --          and, where something was stopped and a reason was given, "reason" as the last key
 -- Raises   invalid_parameter_value (22023)    reason has more than 1,000 characters
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          lock_not_available (55P03)         other transactions held the job for longer than lock_timeout
--- Locks    the job's barrier, alone; the job's row and those of its active executions, FOR NO KEY UPDATE; all until
---          the transaction ends. Each wait is bounded by lock_timeout; by 10 s where that is 0. With nothing left
+--          deadlock_detected (40P01)          the caller's own transaction holds what another one that is in the way waits for
+-- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE; all until the
+--          transaction ends. Each wait is bounded by lock_timeout; by 10 s where that is 0. With nothing left
 --          to stop it locks and writes nothing.
 
 DO $$
@@ -32,6 +33,7 @@ DECLARE
     v_deadline     timestamptz;
     v_job          jobs%ROWTYPE;
     v_terminal     boolean;
+    v_done         boolean := false;
     v_stopped      bigint;
     v_now          timestamptz;
     v_stopped_at   text;
@@ -47,32 +49,39 @@ BEGIN
             USING MESSAGE = format('reason has %s characters: expected at most 1000', length(emergency_stop_job.reason));
     END IF;
 
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
-    IF NOT FOUND THEN
-        RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
-    END IF;
-    v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
-
-    -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction
-    -- that was admitted before the end is still open: it holds the barrier. Taken and let go in one expression,
-    -- because a lock that outlives the call would cost more than this look.
-    IF v_terminal AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
-        PERFORM FROM executions e
-        WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
-        LIMIT 1;
-        IF NOT FOUND THEN
-            RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,
-                                     'status', v_job.status, 'action', 'none');
-        END IF;
-    END IF;
-
     v_deadline := clock_timestamp() + v_patience;
     BEGIN
-        PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
-        PERFORM pg_advisory_xact_lock(v_barrier);
+        -- First a look that locks nothing. Should the whole table be locked, the wait for it is behind the barrier, by
+        -- which emergency_stop_blockers knows a stop that waits.
+        PERFORM set_config('lock_timeout', '100ms', true);
+        SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
+        IF NOT FOUND THEN
+            RAISE no_data_found;
+        END IF;
+        -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction
+        -- that was admitted before the end is still open: it holds the barrier. Taken and let go in one expression,
+        -- because a lock that outlives the call would cost more than this look.
+        IF v_job.status IN ('completed', 'failed', 'cancelled') AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
+            PERFORM FROM executions e
+            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
+            LIMIT 1;
+            v_done := NOT FOUND;
+        END IF;
+    EXCEPTION
+        WHEN lock_not_available THEN
+            v_done := false;
+        WHEN no_data_found THEN
+            PERFORM set_config('lock_timeout', v_lock_timeout, true);
+            RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
+    END;
 
+    BEGIN
+        IF NOT v_done THEN
+            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
+            PERFORM pg_advisory_xact_lock(v_barrier);
+        END IF;
         -- From here on nobody else starts an execution. What is left to wait for are the rows that others hold.
-        LOOP
+        WHILE NOT v_done LOOP
             BEGIN
                 PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest('1ms', v_deadline - clock_timestamp())))::text, true);
                 v_now := clock_timestamp();
@@ -86,8 +95,24 @@ BEGIN
                              END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
                 WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
                 GET DIAGNOSTICS v_stopped = ROW_COUNT;
+
+                -- Another stop may have been here before us: with nothing left, nothing is locked or written.
+                SELECT j.* INTO STRICT v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
+                v_done := v_stopped = 0 AND COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+                EXIT WHEN v_done;
+
                 -- After the executions: workers who lock one of them and then the job must not find it locked by us.
                 SELECT j.* INTO STRICT v_job FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+                v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+                UPDATE jobs j
+                SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
+                    updated_at = v_now,
+                    metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata
+                                    WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
+                                    ELSE '{}'
+                               END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
+                                                                           'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
+                WHERE j.id = emergency_stop_job.id;
                 EXIT;
             EXCEPTION WHEN deadlock_detected THEN
                 -- Our rows are let go of, so that the other one can finish; the barrier is kept.
@@ -100,14 +125,14 @@ BEGIN
             RAISE lock_not_available
                 USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
                       DETAIL = format('Other transactions have held it for %s; nothing was changed.', v_patience),
-                      HINT = 'While a stop waits, SELECT * FROM emergency_stop_blockers(…) in a second session names them.';
+                      HINT = 'While a stop waits, SELECT * FROM emergency_stop_blockers(id) in a second session names them.';
         WHEN no_data_found THEN  -- deleted while we waited
+            PERFORM set_config('lock_timeout', v_lock_timeout, true);
             RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
     END;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
-    v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
-    IF v_terminal AND v_stopped = 0 THEN
+    IF v_done THEN
         RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,
                                  'status', v_job.status, 'action', 'none');
     END IF;
@@ -116,16 +141,6 @@ BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
-
-    UPDATE jobs j
-    SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
-        updated_at = v_now,
-        metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata
-                        WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
-                        ELSE '{}'
-                   END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
-                                                               'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
-    WHERE j.id = emergency_stop_job.id;
     INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
     VALUES (v_job.id, COALESCE(v_job.status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
     PERFORM pg_notify('emergency_stop', json_build_object('job_id', v_job.id, 'stopped_at', v_stopped_at,

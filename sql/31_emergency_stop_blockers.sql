@@ -21,6 +21,7 @@ LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 DECLARE
+    v_now     CONSTANT timestamptz := clock_timestamp();
     v_barrier CONSTANT bigint := hashtextextended(emergency_stop_blockers.id, 'jobs'::regclass::oid::bigint);
 BEGIN
     RETURN QUERY
@@ -52,7 +53,7 @@ BEGIN
     )
     SELECT DISTINCT b.blocker, a.application_name,
            CASE b.blocker WHEN 0 THEN 'prepared transaction' ELSE a.state END,
-           round(extract(epoch FROM clock_timestamp() - a.xact_start)::numeric, 3)
+           round(extract(epoch FROM v_now - a.xact_start)::numeric, 3)
     FROM queued q
     CROSS JOIN unnest(pg_blocking_pids(q.waiter)) AS b (blocker)
     LEFT JOIN pg_stat_activity a ON a.pid = b.blocker

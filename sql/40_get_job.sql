@@ -1,6 +1,6 @@
 -- get_job(id): one job as it is now.
--- Returns  {"job": {"id": "a", "status": "failed", "metadata": {…}, "created_at": "2025-09-29T23:48:00.000000Z",
---           "updated_at": …}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}
+-- Returns  {"job": {"id": "a", "status": "failed", "metadata": {...}, "created_at": "2025-09-29T23:48:00.000000Z",
+--           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}
 -- Raises   nothing of its own
 -- Locks    nothing
 

@@ -1,8 +1,8 @@
 -- list_executions(job_id, status, after, max_rows, max_bytes): a job's executions in the order of their ids.
 -- Only those in that status, if given; only ids above after; at most max_rows, and no further row once the JSON
 -- of those before it has reached max_bytes (bytes), so that a caller who pages can bound what a page weighs.
--- Returns  rows of id and {"id": 1, "job_id": "a", "status": "failed", "output": {…}, "created_at":
---          "2025-09-29T23:48:00.000000Z", "started_at": …, "completed_at": …}; none for an unknown job
+-- Returns  rows of id and {"id": 1, "job_id": "a", "status": "failed", "output": {...}, "created_at":
+--          "2025-09-29T23:48:00.000000Z", "started_at": ..., "completed_at": ...}; none for an unknown job
 -- Raises   nothing of its own
 -- Locks    nothing
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 
 import psycopg
@@ -56,6 +57,17 @@ def test_stopping_twice_writes_nothing_and_locks_nothing(db, connect, make_job, 
     assert [
         db.execute(f"SELECT xmin, * FROM {table} ORDER BY id").fetchall() for table in ("jobs", "executions", "emergency_stops")
     ] == before
+
+
+def test_many_at_once_with_nothing_to_stop_write_nothing(connect, make_job, stop):
+    job_id = make_job(running=1)
+    stop(job_id)
+    sessions = [connect() for _ in range(8)]
+    before = sessions[0].execute("SELECT pg_snapshot_xmax(pg_current_snapshot())").fetchone()
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda n: sessions[n % 8].execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone(), range(800)))
+    assert sessions[0].execute("SELECT pg_snapshot_xmax(pg_current_snapshot())").fetchone() == before
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])

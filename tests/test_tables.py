@@ -160,7 +160,19 @@ REFUSED = {
         "CREATE TABLE jobs (id text, status text)",
         "column jobs.id is not unique: expected a primary key or a unique index on it alone",
     ),
-    "a view": ("CREATE VIEW jobs AS SELECT 'a' AS id", "jobs is not a table: expected an ordinary or a partitioned table"),
+    "a generated status": (
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text GENERATED ALWAYS AS ('x') STORED)",
+        "column jobs.status is generated: expected one that can be set",
+    ),
+    "a view": ("CREATE VIEW jobs AS SELECT 'a' AS id", "jobs is not an ordinary table: expected one without partitions or children"),
+    "partitions": (
+        "CREATE TABLE executions (id bigint, job_id text, status text) PARTITION BY HASH (job_id)",
+        "executions is not an ordinary table: expected one without partitions or children",
+    ),
+    "children": (
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE more () INHERITS (jobs)",
+        "jobs is not an ordinary table: expected one without partitions or children",
+    ),
 }
 
 
@@ -205,17 +217,37 @@ def test_default_privileges_do_not_open_the_audit(bare_database, server_url):
     url = url_of(bare_database, server_url)
     with psycopg.connect(url, autocommit=True) as db:
         db.execute("ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO beacon_service, PUBLIC")
+        db.execute("ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO beacon_service, PUBLIC")
         beacon_stop.init_db(url)
         db.execute("ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM beacon_service, PUBLIC")
+        db.execute("ALTER DEFAULT PRIVILEGES REVOKE ALL ON SEQUENCES FROM beacon_service, PUBLIC")
+        assert db.execute("SELECT has_sequence_privilege('beacon_service', 'emergency_stops_id_seq', 'UPDATE')").fetchone() == (False,)
 
         for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"):
             query = "SELECT has_table_privilege('beacon_service', 'emergency_stops', %s)"
             assert db.execute(query, (privilege,)).fetchone() == (False,), privilege
 
 
+def test_a_schema_that_does_not_exist_is_said_to_be_missing(bare_database, server_url):
+    with pytest.raises(psycopg.errors.InvalidSchemaName, match="search_path names no schema that exists"):
+        beacon_stop.init_db(url_of(bare_database, server_url, options="-csearch_path=missing"))
+
+
+def test_a_schema_open_to_everyone_is_warned_of(bare_database, server_url, capsys):
+    url = url_of(bare_database, server_url)
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        beacon_stop.init_db(url)
+        assert capsys.readouterr().err == ""
+        db.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+        beacon_stop.init_db(url)
+    assert "warning: everyone may create functions in schema public" in capsys.readouterr().err
+
+
 def test_a_folder_of_plain_sql():
     """psql, psycopg and pytest-postgresql load the same bytes: no backslash commands, no transactions of their own."""
     for file in FILES:
+        assert file.read_text().isascii(), "of any encoding that a client or a server may have"
         lines = file.read_text().splitlines()
         assert not [line for line in lines if line.startswith("\\")], file.name
         assert not [line for line in lines if line.upper() in ("BEGIN;", "COMMIT;")], file.name
