@@ -450,14 +450,14 @@ class Database:
         )
 
     def call(
-        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float = POOL_TIMEOUT
+        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float | None = None
     ) -> list[tuple[Any, ...]]:
         """Run one statement, a transaction of its own, and return its rows once it is committed.
 
         A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
         """
         for last_try in (False, True):
-            connection = pool.getconn(min(timeout, AWAY_TIMEOUT) if self.away.is_set() else timeout)
+            connection = pool.getconn(AWAY_TIMEOUT if self.away.is_set() else timeout)
             try:
                 return connection.execute(query, tuple(parameters)).fetchall()
             except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
@@ -555,6 +555,15 @@ class Application:
         raise HTTPError(HTTPStatus.NOT_FOUND, "no such route")
 
 
+class Turn:
+    """The calls at work on one job: how many there are, two slots for them, and the second look at it if it is locked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.slots = threading.Semaphore(2)
+        self.look: Future[None] | None = None
+
+
 class Service:
     """What one process holds: the settings, the rate limits, the database connections; and the routes' answers."""
 
@@ -565,7 +574,7 @@ class Service:
         self.reads = RateLimiter(settings.read_rate)
         self.database = Database(settings)
         self.lock = threading.Lock()
-        self.looks: dict[str, Future[None]] = {}  # for each job that is locked, the call that finds out by whom
+        self.turns: dict[str, Turn] = {}  # by job, while there are calls for it
 
     def stop_job(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
@@ -591,22 +600,38 @@ class Service:
     def call_stop(self, job_id: str, reason: str | None, force: bool) -> str:
         """Call emergency_stop_job and return its answer; raises HTTPError 503 with the sessions in the way of a locked job.
 
-        While one call finds out who they are, the others for that job wait for what it finds instead of for the job:
-        they leave the database connections to other jobs.
+        However many call for one job, two of them at most have a database connection, so that a job that is locked
+        leaves the others to other jobs; those who wait learn from the second look at it who holds it.
         """
         with self.lock:
-            look = self.looks.get(job_id)
-        if look and not force and (error := look.exception()):
-            raise error
+            turn = self.turns.setdefault(job_id, Turn())
+            turn.calls += 1
+        try:
+            if force:
+                return self.try_stop(turn, job_id, reason, force)
+            while not turn.slots.acquire(timeout=0.1):
+                if turn.look and (error := turn.look.exception()):
+                    raise error
+            try:
+                return self.try_stop(turn, job_id, reason, force)
+            finally:
+                turn.slots.release()
+        finally:
+            with self.lock:
+                turn.calls -= 1
+                if not turn.calls:
+                    del self.turns[job_id]
+
+    def try_stop(self, turn: Turn, job_id: str, reason: str | None, force: bool) -> str:
         try:
             answer: str = self.database.call(self.database.admin, STOP_JOB, (job_id, reason))[0][0]
             return answer
         except errors.LockNotAvailable:
             pass
         with self.lock:
-            look = self.looks.get(job_id)
+            look, mine = turn.look, Future[None]()
             if not look:
-                mine = self.looks[job_id] = Future[None]()
+                turn.look = mine
         if look and not force and (error := look.exception()):
             raise error
         error = None
@@ -616,41 +641,51 @@ class Service:
             error = raised
             raise
         finally:
-            if not look:
-                with self.lock:
-                    del self.looks[job_id]
-                mine.set_exception(error) if error else mine.set_result(None)
+            with self.lock:
+                if turn.look is mine:
+                    turn.look = None
+            mine.set_exception(error) if error else mine.set_result(None)
 
     def stop_locked_job(self, job_id: str, reason: str | None, force: bool) -> str:
         """Try a stop again that ran into the lock timeout, and watch from a second session who is in its way.
 
-        With `force` those whose transactions are older than the lock timeout are ended.
+        With `force` those whose transactions are older than the lock timeout are ended, and the stop is tried for as
+        long as that makes way.
         """
+        names = ("pid", "application_name", "state", "transaction_seconds")
+        patience = self.settings.lock_timeout
         blockers: dict[int, dict[str, Any]] = {}
-        since: dict[int, float] = {}
+        since: dict[int, float] = {}  # when each was first seen in the way
         ended, not_ended = 0, list[Any]()
         with ThreadPoolExecutor(1) as executor:
-            stop = executor.submit(self.database.call, self.database.admin, STOP_JOB, (job_id, reason))
-            while not wait_for([stop], timeout=0.05).done:
+            while True:
+                ended_before = ended
+                stop = executor.submit(self.database.call, self.database.admin, STOP_JOB, (job_id, reason))
+                while not wait_for([stop], timeout=0.05).done:
+                    try:
+                        rows = self.database.call(self.database.watch, STOP_BLOCKERS, (job_id,))
+                        now = time.monotonic()
+                        blockers = {row[0]: dict(zip(names, row, strict=True)) for row in rows} or blockers
+                        since = {row[0]: since.get(row[0], now) for row in rows}
+                        # Those who get their turn when another is ended have a moment to be done. A role that may not
+                        # see how old a transaction is goes by how long it has been in the way since the first attempt.
+                        overdue = all(
+                            now - since[pid] >= patience / 8 and (seconds is None or seconds >= patience) for pid, _, _, seconds in rows
+                        )
+                        if force and rows and overdue and not not_ended:
+                            result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
+                            ended += result["sessions_ended"]
+                            not_ended = result["not_ended"]
+                    except psycopg.Error as error:  # then it is not known who they are
+                        log_event("error", job_id=job_id, error=str(error))
+                        time.sleep(0.5)
                 try:
-                    rows = self.database.call(self.database.watch, STOP_BLOCKERS, (job_id,))
-                    names = ("pid", "application_name", "state", "transaction_seconds")
-                    blockers = {row[0]: dict(zip(names, row, strict=True)) for row in rows} or blockers
-                    since = {pid: since.get(pid, time.monotonic()) for pid in blockers}
-                    # A role that may not see when a transaction began goes by how long it has been in the way.
-                    old = (one["transaction_seconds"] or 2 * (time.monotonic() - since[pid]) for pid, one in blockers.items())
-                    if force and rows and not not_ended and min(old) >= self.settings.lock_timeout:
-                        result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
-                        ended += result["sessions_ended"]
-                        not_ended = result["not_ended"]
-                except psycopg.Error as error:  # then it is not known who they are
-                    log_event("error", job_id=job_id, error=str(error))
-                    time.sleep(0.5)
-        try:
-            answer: str = stop.result()[0][0]
-        except errors.LockNotAvailable:
-            details = {"job_id": job_id, "blocked_by": [blockers[pid] for pid in sorted(blockers)]}
-            raise unavailable("job is locked", **details, **({"not_ended": not_ended} if not_ended else {})) from None
+                    answer: str = stop.result()[0][0]
+                    break
+                except errors.LockNotAvailable:
+                    if ended == ended_before:
+                        details = {"job_id": job_id, "blocked_by": [blockers[pid] for pid in sorted(blockers)]}
+                        raise unavailable("job is locked", **details, **({"not_ended": not_ended} if not_ended else {})) from None
         if ended:
             answer = f'{answer[:-1]}, "sessions_ended": {ended}}}'
         return answer
@@ -748,7 +783,7 @@ class Service:
     def limit_read(self, request: Request) -> None:
         self.reads.take(request.read_client(self.settings.trusted_proxies))
 
-    def read_call(self, query: str, parameters: Iterable[Any], timeout: float = POOL_TIMEOUT) -> list[tuple[Any, ...]]:
+    def read_call(self, query: str, parameters: Iterable[Any], timeout: float | None = None) -> list[tuple[Any, ...]]:
         try:
             return self.database.call(self.database.read, query, parameters, timeout)
         except psycopg.Error as error:
@@ -788,7 +823,7 @@ END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 # Threads that answer, by the beginning of the path: readers who take their time, and health checks of a database that
 # is away, keep no operator out.
-THREADS = {"/api/": 32, "/health/": 4, "/": 16}
+THREADS = {"/api/": 32, "/health/": 4, "/": 64}
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
 IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
 WRITE_TIMEOUT = 30.0  # seconds for a client to take what is sent at once

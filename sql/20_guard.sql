@@ -14,7 +14,7 @@ $$;
 
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
---          serialization_failure (40001)             it was stopped after this transaction's snapshot
+--          serialization_failure (40001)             above READ COMMITTED: the job has changed since the snapshot
 --          deadlock_detected (40P01)                 a stop of it waits for rows that this transaction has locked
 --          lock_not_available (55P03)                a stop of it has taken longer than lock_timeout, if that is set
 -- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row for a moment
@@ -65,13 +65,19 @@ BEGIN
     END IF;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since, but not
-        -- FOR KEY SHARE, which the foreign key may have got before that. No stop can hold the row now, so whoever does
-        -- is passed over; and the lock is let go of at once, since it would hold up every update of the job.
+        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since; but not
+        -- FOR KEY SHARE, which the foreign key may have got before that, and SKIP LOCKED passes over a changed row that
+        -- others still queue for. The lock is let go of at once, since it would hold up every update of the job, and
+        -- not waited for: who holds it is most likely about to change the row.
         BEGIN
-            SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR SHARE SKIP LOCKED;
+            SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR SHARE NOWAIT;
             RAISE triggered_action_exception;
-        EXCEPTION WHEN triggered_action_exception THEN
+        EXCEPTION
+            WHEN triggered_action_exception THEN
+            WHEN lock_not_available THEN
+                RAISE serialization_failure
+                    USING MESSAGE = format('could not serialize access: job %s is being changed', quote_literal(admit_execution.job_id)),
+                          HINT = 'Try the transaction again, or use READ COMMITTED.';
         END;
     ELSE
         SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id;

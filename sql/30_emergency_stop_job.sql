@@ -31,7 +31,7 @@ DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_deadline     timestamptz;
-    v_job          jobs%ROWTYPE;
+    v_status       text;  -- not jobs%ROWTYPE: compiling that would wait, unbounded, where somebody has locked the table
     v_terminal     boolean;
     v_done         boolean := false;
     v_stopped      bigint;
@@ -54,14 +54,14 @@ BEGIN
         -- First a look that locks nothing. Should the whole table be locked, the wait for it is behind the barrier, by
         -- which emergency_stop_blockers knows a stop that waits.
         PERFORM set_config('lock_timeout', '100ms', true);
-        SELECT j.* INTO v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
+        SELECT j.status INTO v_status FROM jobs j WHERE j.id = emergency_stop_job.id;
         IF NOT FOUND THEN
             RAISE no_data_found;
         END IF;
         -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction
         -- that was admitted before the end is still open: it holds the barrier. Taken and let go in one expression,
         -- because a lock that outlives the call would cost more than this look.
-        IF v_job.status IN ('completed', 'failed', 'cancelled') AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
+        IF v_status IN ('completed', 'failed', 'cancelled') AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
             PERFORM FROM executions e
             WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
             LIMIT 1;
@@ -97,13 +97,13 @@ BEGIN
                 GET DIAGNOSTICS v_stopped = ROW_COUNT;
 
                 -- Another stop may have been here before us: with nothing left, nothing is locked or written.
-                SELECT j.* INTO STRICT v_job FROM jobs j WHERE j.id = emergency_stop_job.id;
-                v_done := v_stopped = 0 AND COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+                SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id;
+                v_done := v_stopped = 0 AND COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
                 EXIT WHEN v_done;
 
                 -- After the executions: workers who lock one of them and then the job must not find it locked by us.
-                SELECT j.* INTO STRICT v_job FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
-                v_terminal := COALESCE(v_job.status IN ('completed', 'failed', 'cancelled'), false);
+                SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+                v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
                 UPDATE jobs j
                 SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
                     updated_at = v_now,
@@ -133,8 +133,8 @@ BEGIN
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
     IF v_done THEN
-        RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id,
-                                 'status', v_job.status, 'action', 'none');
+        RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', emergency_stop_job.id,
+                                 'status', v_status, 'action', 'none');
     END IF;
 
     -- Acknowledged means flushed. It has to hold until the commit, which a SET clause of the function would not.
@@ -142,19 +142,19 @@ BEGIN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
     INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
-    VALUES (v_job.id, COALESCE(v_job.status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
-    PERFORM pg_notify('emergency_stop', json_build_object('job_id', v_job.id, 'stopped_at', v_stopped_at,
+    VALUES (emergency_stop_job.id, COALESCE(v_status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
+    PERFORM pg_notify('emergency_stop', json_build_object('job_id', emergency_stop_job.id, 'stopped_at', v_stopped_at,
                                                           'executions_stopped', v_stopped)::text);
 
     IF v_terminal THEN
         RETURN json_strip_nulls(json_build_object(
-            'ok', true, 'message', 'Job already in terminal state', 'job_id', v_job.id, 'status', v_job.status,
+            'ok', true, 'message', 'Job already in terminal state', 'job_id', emergency_stop_job.id, 'status', v_status,
             'action', 'executions_stopped', 'executions_stopped', v_stopped, 'stopped_at', v_stopped_at,
             'reason', emergency_stop_job.reason));
     END IF;
     RETURN json_strip_nulls(json_build_object(
-        'ok', true, 'message', 'Job emergency stopped', 'job_id', v_job.id,
-        'previous_status', COALESCE(v_job.status, 'unknown'), 'new_status', 'failed',
+        'ok', true, 'message', 'Job emergency stopped', 'job_id', emergency_stop_job.id,
+        'previous_status', COALESCE(v_status, 'unknown'), 'new_status', 'failed',
         'executions_stopped', v_stopped, 'stopped_at', v_stopped_at, 'reason', emergency_stop_job.reason));
 END;
 $$;

@@ -285,7 +285,8 @@ def test_health(client, make_app, db):
     assert client("GET", "/api/v1/jobs/a").status == 503
 
 
-def test_without_a_database(make_app):
+def test_without_a_database(make_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
     client = Client(make_app(database_url="postgresql://nobody:secret-password@127.0.0.1:9/nowhere?connect_timeout=1"))
 
     assert client("GET", "/health/live").status == 200
@@ -468,7 +469,8 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
     assert [line["job_id"] for line in lines[-2:]] == [job_id, job_id]
 
 
-def test_secrets_stay_secret(make_app, make_job, service_url, capsys):
+def test_secrets_stay_secret(make_app, capsys, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.5)
     app = make_app(database_url="postgresql://u:secret-password@127.0.0.1:9/nowhere?connect_timeout=1")
     client = Client(app)
     client.stop("a")
