@@ -209,6 +209,25 @@ def make_app(service_url: str) -> Iterator[Callable[..., beacon_stop.Application
         app.close()
 
 
+@pytest.fixture(scope="session")
+def shared_app(installed: Any, server_url: str) -> Iterator[beacon_stop.Application]:
+    """An application for tests that leave no trace in the database: one for all, since making one takes a while."""
+    with psycopg.connect(server_url, autocommit=True) as server:
+        server.execute("DROP DATABASE IF EXISTS shared")
+        server.execute(f"CREATE DATABASE shared TEMPLATE {installed.template_dbname}")
+    url = make_conninfo(server_url, dbname="shared", user="beacon_service", password=SERVICE_PASSWORD)
+    app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=url, **GENEROUS)
+    yield app
+    app.close()
+    with psycopg.connect(server_url, autocommit=True) as server:
+        server.execute("DROP DATABASE shared WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def shared_client(shared_app: beacon_stop.Application) -> Client:
+    return Client(shared_app)
+
+
 @pytest.fixture
 def client(make_app: Callable[..., beacon_stop.Application]) -> Client:
     return Client(make_app())

@@ -83,10 +83,10 @@ def test_ids_of_any_characters(client, make_job, id):
 
 
 @pytest.mark.parametrize("id", ["", "x" * 256, "a\0b", "\udcff"])
-def test_ids_that_no_table_can_hold(client, id):
+def test_ids_that_no_table_can_hold(shared_client, id):
     path = f"/admin/jobs/{id}/emergency-stop".encode("utf-8", "surrogateescape").decode("latin-1")
 
-    answer = client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN)
+    answer = shared_client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN)
     assert answer.status == 400
     assert re.match("job id (cannot be used: expected 1 to 255 characters|is not UTF-8)", answer.json["error"])
 
@@ -266,8 +266,8 @@ def test_executions_of_several_pages(client, make_job, count):
         ("&".join("x" for _ in range(200)), "query cannot be read"),
     ],
 )
-def test_queries_that_cannot_be_used(client, query, error):
-    answer = client("GET", "/api/v1/executions", query=query)
+def test_queries_that_cannot_be_used(shared_client, query, error):
+    answer = shared_client("GET", "/api/v1/executions", query=query)
 
     assert answer.status == 400
     assert answer.json["error"].startswith(error)
@@ -319,8 +319,8 @@ def test_without_a_database(make_app, monkeypatch):
         ("HEAD", "/health/ready", 200),
     ],
 )
-def test_every_answer_has_its_headers(client, method, path, status):
-    answer = client(method, path)
+def test_every_answer_has_its_headers(shared_client, method, path, status):
+    answer = shared_client(method, path)
 
     assert answer.status == status
     assert answer.headers["Content-Type"] == "application/json"
@@ -345,8 +345,8 @@ def test_head_of_the_listing(client, make_job):
 @pytest.mark.parametrize(
     ("given", "taken"), [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)]
 )
-def test_the_callers_request_id(client, given, taken):
-    answer = client("GET", "/health/live", HTTP_X_REQUEST_ID=given)
+def test_the_callers_request_id(shared_client, given, taken):
+    answer = shared_client("GET", "/health/live", HTTP_X_REQUEST_ID=given)
 
     assert (answer.headers["X-Request-ID"] == given) == taken
 
@@ -571,6 +571,8 @@ def test_a_database_of_another_encoding(database_server, server_url, make_app, e
     assert client.stop("jöb", '{"reason": "groß"}'.encode()).json["reason"] == "groß"
     assert client("GET", "/api/v1/jobs/" + "jöb".encode().decode("latin-1")).json["job"]["id"] == "jöb"
     assert client.stop("日本").status == (404 if encoding == "SQL_ASCII" else 400)
+    with psycopg.connect(server_url, autocommit=True) as db:
+        db.execute("DROP DATABASE other WITH (FORCE)")
 
 
 def test_a_call_beyond_the_statement_timeout_is_refused_and_changes_nothing(db, make_app, make_job):

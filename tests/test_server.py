@@ -46,6 +46,11 @@ def server(make_app, serve_app):
     return serve_app(make_app())
 
 
+@pytest.fixture
+def shared_server(shared_app, serve_app):
+    return serve_app(shared_app)
+
+
 STOP = f"POST /admin/jobs/nix/emergency-stop HTTP/1.1\r\nHost: x\r\nX-Admin-Token: {TOKEN}\r\n".encode()
 LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
 
@@ -89,10 +94,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_can_be_read_in_two_ways_is_refused(server, name):
+def test_what_can_be_read_in_two_ways_is_refused(shared_server, name):
     data, status = REFUSED[name]
 
-    (answer,) = exchange(server.url, data)
+    (answer,) = exchange(shared_server.url, data)
     assert answer.status == status
     assert answer.json["error"]
     assert answer.headers["Connection"] == "close"
@@ -115,8 +120,8 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_can_be_read_is_answered(server, name):
-    (answer,) = exchange(server.url, READ[name])
+def test_what_can_be_read_is_answered(shared_server, name):
+    (answer,) = exchange(shared_server.url, READ[name])
 
     assert (answer.status, answer.json) == (200, {"ok": True})
     assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", answer.headers["Date"])
