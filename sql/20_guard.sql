@@ -101,7 +101,24 @@ CREATE OR REPLACE FUNCTION guard_inserted_executions()
 RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_job_id text;
+    v_status text;
+    v_others boolean;
 BEGIN
+    -- The common case, for which every insert pays: one job, which goes on, and no stop of it about.
+    SELECT i.job_id INTO v_job_id FROM inserted i LIMIT 1;
+    IF pg_try_advisory_xact_lock_shared(hashtextextended(v_job_id, 'jobs'::regclass::oid::bigint))
+       AND current_setting('transaction_isolation') = 'read committed' THEN
+        SELECT j.status, EXISTS (SELECT FROM inserted i WHERE i.job_id <> v_job_id)
+        INTO v_status, v_others
+        FROM jobs j
+        WHERE j.id = v_job_id;
+        IF v_status NOT IN ('completed', 'failed', 'cancelled') AND NOT v_others THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+
     PERFORM admit_execution(i.job_id)
     FROM (SELECT DISTINCT n.job_id FROM inserted n WHERE n.status IN ('pending', 'running', 'processing') ORDER BY 1) i;
     RETURN NULL;
