@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
@@ -43,12 +44,23 @@ def readme_block(language: str, containing: str) -> str:
     return block
 
 
+def new_folder() -> TemporaryDirectory[str]:
+    """For a server's data. pytest's own folders belong to its user alone, whom PostgreSQL does not run as if that is root."""
+    return TemporaryDirectory(prefix="beacon-test-", ignore_cleanup_errors=True)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with new_folder() as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
-def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server_url() -> Iterator[str]:
     if url := os.environ.get("BEACON_TEST_DATABASE_URL"):
         yield url
     else:
-        with beacon_stop.embedded_postgres(tmp_path_factory.mktemp("server")) as url:
+        with new_folder() as folder, beacon_stop.embedded_postgres(Path(folder)) as url:
             with psycopg.connect(url, autocommit=True) as db:  # nothing in it has to last; what tests durability has its own
                 db.execute("ALTER SYSTEM SET fsync = off")
                 db.execute("SELECT pg_reload_conf()")

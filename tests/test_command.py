@@ -92,12 +92,12 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
         subprocess.run([sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_the_demo_from_its_first_line_to_its_last_process(tmp_path):
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PORT": "0", "PYTHONPATH": str(ROOT)}
+def test_the_demo_from_its_first_line_to_its_last_process(folder):
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT)}
     environment["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
     process = subprocess.Popen(
         [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
-        env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         assert process.stdout
@@ -112,10 +112,10 @@ def test_the_demo_from_its_first_line_to_its_last_process(tmp_path):
         assert (answer.status, answer.json["previous_status"], answer.json["executions_stopped"]) == (200, "processing", 42)
         listed = send(url, "GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
         assert sorted(execution["status"] for execution in listed) == ["completed"] * 10 + ["failed"] * 42
-        postmaster = int((tmp_path / ".beacon" / "postgresql-18" / "postmaster.pid").read_text().splitlines()[0])
+        postmaster = int((folder / ".beacon" / "postgresql-18" / "postmaster.pid").read_text().splitlines()[0])
 
         again = subprocess.run(
-            [sys.executable, "-m", "beacon_stop", "serve", "--demo"], env=environment, cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "-m", "beacon_stop", "serve", "--demo"], env=environment, cwd=folder, capture_output=True, text=True
         )
         assert again.returncode == 2
         assert "another demo is running" in again.stderr

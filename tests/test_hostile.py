@@ -415,10 +415,10 @@ def kill(postmaster_pid_file: Path) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
-def test_no_acknowledged_stop_is_lost_to_kill_9(tmp_path, start_service):
+def test_no_acknowledged_stop_is_lost_to_kill_9(folder, start_service):
     """150 stops with synchronous_commit=off in the database, the server killed after 50 of them. Naive: all 50 were lost."""
-    with beacon_stop.embedded_postgres(tmp_path) as url:
-        (server,) = [server for path, server in PostgresServer._instances.items() if path.parent == tmp_path]
+    with beacon_stop.embedded_postgres(folder) as url:
+        (server,) = [server for path, server in PostgresServer._instances.items() if path.parent == folder]
         beacon_stop.init_db(url)
         jobs = [f"job-{number}" for number in range(150)]
         with psycopg.connect(url, autocommit=True) as db:
@@ -438,7 +438,7 @@ def test_no_acknowledged_stop_is_lost_to_kill_9(tmp_path, start_service):
         with ThreadPoolExecutor(4) as operators:
             stopping = [operators.submit(stop, job_id) for job_id in jobs]
             wait_until(lambda: len(acknowledged) >= 50)
-            kill(tmp_path / server.pgdata.name / "postmaster.pid")
+            kill(folder / server.pgdata.name / "postmaster.pid")
             known = list(acknowledged)
             server.ensure_postgres_running()
             with psycopg.connect(url) as db:
@@ -462,9 +462,9 @@ def test_no_acknowledged_stop_is_lost_to_kill_9(tmp_path, start_service):
             )
 
 
-def test_a_stop_of_400_000_executions_cut_off_by_kill_9_is_all_or_nothing(tmp_path, start_service):
-    with beacon_stop.embedded_postgres(tmp_path) as url:
-        (server,) = [server for path, server in PostgresServer._instances.items() if path.parent == tmp_path]
+def test_a_stop_of_400_000_executions_cut_off_by_kill_9_is_all_or_nothing(folder, start_service):
+    with beacon_stop.embedded_postgres(folder) as url:
+        (server,) = [server for path, server in PostgresServer._instances.items() if path.parent == folder]
         beacon_stop.init_db(url)
         with psycopg.connect(url, autocommit=True) as db:
             db.execute("ALTER DATABASE postgres SET synchronous_commit = off")
@@ -475,7 +475,7 @@ def test_a_stop_of_400_000_executions_cut_off_by_kill_9_is_all_or_nothing(tmp_pa
         with ThreadPoolExecutor(1) as operator:
             stop = operator.submit(service.stop, "big")
             time.sleep(0.7)
-            kill(tmp_path / server.pgdata.name / "postmaster.pid")
+            kill(folder / server.pgdata.name / "postmaster.pid")
             server.ensure_postgres_running()
             answer = stop.result()
         with psycopg.connect(url) as db:

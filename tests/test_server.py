@@ -365,9 +365,9 @@ def test_the_token_is_in_no_process_title(start_service):
 
 
 @pytest.fixture
-def own_postgres(tmp_path):
+def own_postgres(folder):
     """A PostgreSQL of this test's own, to be restarted and killed."""
-    with beacon_stop.embedded_postgres(tmp_path) as url:
+    with beacon_stop.embedded_postgres(folder) as url:
         beacon_stop.init_db(url)
         yield url
 
@@ -381,12 +381,12 @@ def restart(folder: Path) -> None:
     server.ensure_postgres_running()
 
 
-def test_the_database_restarts_under_the_service(own_postgres, tmp_path, start_service):
+def test_the_database_restarts_under_the_service(own_postgres, folder, start_service):
     service = start_service(DATABASE_URL=own_postgres)
     assert service.stop("nix").status == 404
     assert service("GET", "/api/v1/jobs/nix").status == 404
 
-    restarting = restart(tmp_path)
+    restarting = restart(folder)
     next(restarting)
     for _ in range(2):
         answer = service.stop("nix")
@@ -400,8 +400,8 @@ def test_the_database_restarts_under_the_service(own_postgres, tmp_path, start_s
     assert all(isinstance(line, dict) for line in service.log)
 
 
-def test_the_service_starts_before_its_database(own_postgres, tmp_path, start_service):
-    restarting = restart(tmp_path)
+def test_the_service_starts_before_its_database(own_postgres, folder, start_service):
+    restarting = restart(folder)
     next(restarting)
 
     service = start_service(DATABASE_URL=own_postgres)
