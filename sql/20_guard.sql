@@ -32,7 +32,7 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
         -- A stop is at work, or queues for the barrier: so do we. If it waits for us, one has to give way, and
         -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns.
-        v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN 'infinity' ELSE v_lock_timeout END::interval;
+        v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '100 years' ELSE v_lock_timeout END::interval;
         LOOP
             BEGIN
                 PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_wait))::text, true);
