@@ -522,8 +522,8 @@ def test_the_readmes_worker_misses_no_stop(db, connect, make_job, service_url):
     listening = "SELECT 1 FROM pg_stat_activity WHERE usename = 'beacon_service' AND query LIKE 'LISTEN%' AND state = 'idle'"
     stop = "SELECT emergency_stop_job(%s)"
 
+    wait_until(lambda: db.execute(listening).fetchone())
     with watch.job(first) as stopped:
-        wait_until(lambda: db.execute(listening).fetchone())
         assert not stopped.is_set()
         db.execute(stop, (first,))
         assert stopped.wait(10), "by notification"
