@@ -931,9 +931,10 @@ class Handler(SimpleHandler):
             super().finish_content()
 
     def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        error = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+        request = Request(environ)
+        error = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id)
         # The application may have begun an answer, which only the exception at hand allows to replace.
-        return list(refusal(error)(environ, lambda status, headers: start_response(status, headers, sys.exc_info())))
+        return list(respond(request, error.response(), lambda status, headers: start_response(status, headers, sys.exc_info())))
 
 
 def refusal(error: HTTPError) -> Callable[..., Iterable[bytes]]:

@@ -203,7 +203,7 @@ def test_an_answer_that_fails_before_its_first_byte_is_a_500(serve_app):
         yield b""
 
     (answer,) = exchange(serve_app(application).url, LIVE + b"\r\n")
-    assert (answer.status, answer.json) == (500, {"error": "internal error"})
+    assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": answer.headers["X-Request-ID"]})
 
 
 def test_a_large_body_is_refused_without_reading_it(server):
