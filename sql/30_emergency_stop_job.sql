@@ -107,7 +107,9 @@ BEGIN
                 UPDATE jobs j
                 SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
                     updated_at = v_now,
-                    metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata
+                    -- Without the reason of an earlier stop, after which the job was released.
+                    metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object'
+                                    THEN j.metadata - CASE WHEN j.metadata ? 'stopped_by' THEN '{reason}' ELSE '{}' END::text[]
                                     WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
                                     ELSE '{}'
                                END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,

@@ -312,7 +312,7 @@ def test_what_a_stop_leaves_free(db, make_job, stop):
 
 
 def test_a_deliberate_release(db, make_job, stop):
-    stop(make_job("bias-detection-1759185378516", metadata={"k": 1}, running=1, pending=1))
+    stop(make_job("bias-detection-1759185378516", metadata={"k": 1}, running=1, pending=1), "the first time")
 
     db.execute(readme_block("sql", "SET status = 'pending', metadata = metadata - 'emergency_stop'"))
     assert db.execute("SELECT status, metadata->'k', metadata ? 'emergency_stop' FROM jobs").fetchone() == ("pending", 1, False)
@@ -321,6 +321,7 @@ def test_a_deliberate_release(db, make_job, stop):
     db.execute("UPDATE executions SET status = 'pending', output = output - 'emergency_stop' WHERE id = 1")
     db.execute("INSERT INTO executions (job_id) SELECT id FROM jobs")
     assert stop("bias-detection-1759185378516")["executions_stopped"] == 2, "and it can be stopped again"
+    assert db.execute("SELECT metadata ? 'emergency_stop', metadata ? 'reason' FROM jobs").fetchone() == (True, False)
 
 
 # --- Deadlocks ---
