@@ -292,6 +292,7 @@ def send(url: str, method: str, path: str, body: bytes | None = None, timeout: f
 @pytest.fixture
 def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
     started: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
 
     def start_service(**environment: str) -> Service:
         process = subprocess.Popen(
@@ -309,13 +310,18 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
         while not log or log[-1]["event"] != "serving":
             log.append(json.loads(process.stderr.readline()))
         url = log[-1]["url"]
-        threading.Thread(target=lambda: log.extend(json.loads(line) for line in process.stderr), daemon=True).start()
+        reader = threading.Thread(target=lambda: log.extend(json.loads(line) for line in process.stderr))
+        reader.start()
+        readers.append(reader)
         return Service(process, url, log)
 
     yield start_service
     for process in started:
         process.terminate()
         process.wait(30)
+    for process, reader in zip(started, readers, strict=True):
+        reader.join(10)
+        process.stderr.close()
 
 
 @contextmanager
