@@ -319,7 +319,7 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
     for process in started:
         process.terminate()
         process.wait(30)
-    for process, reader in zip(started, readers, strict=True):
+    for process, reader in zip(started, readers, strict=False):
         reader.join(10)
         process.stderr.close()
 
