@@ -71,6 +71,8 @@ STOP_BLOCKERS = "SELECT pid, application_name, state, transaction_seconds::float
 END_BLOCKERS = "SELECT emergency_stop_end_blockers(%s)::text"
 GET_JOB = "SELECT get_job(%s)::text"
 LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %s, %s)"
+TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
+REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
 MISSING_FUNCTIONS = """
     SELECT f FROM unnest(%s::text[]) AS f
     WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)
@@ -81,11 +83,15 @@ FUNCTIONS = [
     "emergency_stop_end_blockers(text)",
     "get_job(text)",
     "list_executions(text,text,bigint,bigint,bigint)",
+    "timeout_stuck_jobs(interval,integer)",
+    "repair_stuck_jobs(interval,integer)",
 ]
 
 # Path, method, and the Service method that answers.
 ROUTES = [
     (re.compile(r"/admin/jobs/(?P<job_id>.*)/emergency-stop", re.DOTALL), "POST", "stop_job"),
+    (re.compile(r"/admin/timeout-stuck-jobs"), "POST", "timeout_stuck_jobs"),
+    (re.compile(r"/admin/repair-stuck-jobs"), "POST", "repair_stuck_jobs"),
     (re.compile(r"/api/v1/jobs/(?P<job_id>.*)", re.DOTALL), "GET", "get_job"),
     (re.compile(r"/api/v1/executions"), "GET", "list_executions"),
     (re.compile(r"/health/live"), "GET", "health_live"),
@@ -94,6 +100,8 @@ ROUTES = [
 
 MAX_ID = 255  # characters
 MAX_REASON = 1_000  # characters
+MAX_THRESHOLD = 525_600  # minutes: a year
+MAX_AGE = 8_760  # hours: a year
 MAX_BODY = 16 * 1024  # bytes
 MAX_HEAD = 16 * 1024  # bytes of request line and headers
 MAX_BIGINT = 2**63 - 1
@@ -263,6 +271,7 @@ class Request:
         self.reason: str | None = None
         self.outcome: str | None = None
         self.executions_stopped: int | None = None
+        self.jobs: int | None = None  # that a batch has changed
 
     def read_client(self, trusted_proxies: int) -> str:
         """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
@@ -480,6 +489,8 @@ def explain(error: psycopg.Error, away: bool) -> HTTPError:
     """What a caller is told of an error of the database (`away`: it is known to be); raises it again if it can only be a bug."""
     if isinstance(error, errors.QueryCanceled):
         return unavailable("statement timeout: the database took too long")
+    if isinstance(error, errors.LockNotAvailable):
+        return unavailable("tables are locked")
     if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
         return unavailable("database is not ready for this version: see /health/ready")
     if isinstance(error, PoolTimeout) and not away:
@@ -690,6 +701,29 @@ class Service:
             answer = f'{answer[:-1]}, "sessions_ended": {ended}}}'
         return answer
 
+    def timeout_stuck_jobs(self, request: Request) -> Response:
+        """POST /admin/timeout-stuck-jobs?threshold_minutes=15: timeout_stuck_jobs' answer as it is, once it is committed."""
+        parameter = ("threshold_minutes", 15, MAX_THRESHOLD)
+        return self.admin_call(request, "timeout_stuck_jobs", lambda: self.admitted_batch(request, TIMEOUT_STUCK_JOBS, *parameter))
+
+    def repair_stuck_jobs(self, request: Request) -> Response:
+        """POST /admin/repair-stuck-jobs?max_age_hours=24: repair_stuck_jobs' answer as it is, once it is committed."""
+        parameter = ("max_age_hours", 24, MAX_AGE)
+        return self.admin_call(request, "repair_stuck_jobs", lambda: self.admitted_batch(request, REPAIR_STUCK_JOBS, *parameter))
+
+    def admitted_batch(self, request: Request, batch: str, name: str, default: int, high: int) -> Response:
+        number = checked_number(name, request.read_query(name).get(name, str(default)), 1, high)
+        request.read_body()  # no key of it is read, but a body that is none is refused as everywhere
+        answer = self.database.call(self.database.admin, batch, (number,))[0][0]
+        summary = json.loads(answer)
+        if "timed_out_jobs" in summary:
+            request.jobs = summary["timed_out_count"]
+            request.executions_stopped = sum(job["executions_stopped"] for job in summary["timed_out_jobs"])
+        else:
+            request.jobs = summary["republished_count"]
+        request.outcome = "completed"
+        return Response(HTTPStatus.OK, answer.encode() + b"\n")
+
     def get_job(self, request: Request, job_id: str) -> Response:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
         self.limit_read(request)
@@ -778,6 +812,7 @@ class Service:
                 reason=request.reason,
                 duration_ms=round((time.monotonic() - request.started) * 1000, 3),
                 status=int(status),
+                **({} if request.jobs is None else {"jobs": request.jobs}),
             )
 
     def limit_read(self, request: Request) -> None:

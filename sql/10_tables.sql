@@ -1,4 +1,4 @@
--- The tables: jobs, executions, and emergency_stops, the append-only record of what was stopped.
+-- The tables: jobs, executions, and the append-only records of what was done to them: emergency_stops, batch_changes.
 --
 -- The files of this folder are loaded in the order of their names, by psql or by any other client, into the
 -- first schema of the installer's search_path. They can be loaded again, over a running system, at any time:
@@ -124,7 +124,8 @@ END;
 $$;
 
 -- The stop finds a job's active executions, and the listing a job's executions in id order, at a cost that
--- the size of the tables has no part in. CREATE INDEX IF NOT EXISTS would lock the table before it looks.
+-- the size of the tables has no part in; so do the batches their jobs, in the order in which they take them.
+-- CREATE INDEX IF NOT EXISTS would lock the table before it looks.
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_active_idx') THEN
@@ -132,6 +133,13 @@ BEGIN
     END IF;
     IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_id_idx') THEN
         CREATE INDEX executions_job_id_id_idx ON executions (job_id, id);
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'jobs' AND i.indexname = 'jobs_updated_at_unfinished_idx') THEN
+        CREATE INDEX jobs_updated_at_unfinished_idx ON jobs (COALESCE(updated_at, '-infinity'), id)
+            WHERE (status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'jobs' AND i.indexname = 'jobs_updated_at_failed_idx') THEN
+        CREATE INDEX jobs_updated_at_failed_idx ON jobs (updated_at, id) WHERE status = 'failed';
     END IF;
 END;
 $$;
@@ -150,10 +158,34 @@ CREATE TABLE IF NOT EXISTS emergency_stops (
 COMMENT ON TABLE emergency_stops IS 'Append-only: one row for each emergency stop that changed something.';
 COMMENT ON COLUMN emergency_stops.client_address IS 'Where the database session came from; NULL for a Unix socket.';
 
--- keep_emergency_stops(): refuses every change of emergency_stops but the owner's, whatever rights were granted.
+CREATE TABLE IF NOT EXISTS batch_changes (
+    id                 bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    operation          text NOT NULL CHECK (operation IN ('timeout_stuck_jobs', 'repair_stuck_jobs')),
+    job_id             text NOT NULL,
+    previous_status    text NOT NULL,
+    executions_stopped bigint CHECK (executions_stopped >= 0),
+    attempt            int CHECK (attempt > 0),
+    changed_by         text NOT NULL DEFAULT 'admin',
+    database_user      text NOT NULL DEFAULT session_user,
+    client_address     inet DEFAULT inet_client_addr(),
+    changed_at         timestamptz NOT NULL,
+    CHECK (CASE operation WHEN 'timeout_stuck_jobs' THEN executions_stopped ELSE attempt END IS NOT NULL)
+);
+DO $$
+BEGIN
+    IF to_regclass('batch_changes_job_id_idx') IS NULL THEN
+        CREATE INDEX batch_changes_job_id_idx ON batch_changes (job_id);
+    END IF;
+END;
+$$;
+COMMENT ON TABLE batch_changes IS 'Append-only: one row for each job that a batch, timeout_stuck_jobs or repair_stuck_jobs, has changed.';
+COMMENT ON COLUMN batch_changes.executions_stopped IS 'Of timeout_stuck_jobs: how many executions it failed.';
+COMMENT ON COLUMN batch_changes.attempt IS 'Of repair_stuck_jobs: 1 for the first republication of the job, at most 3.';
+
+-- keep_append_only(): refuses every change of the records but their owner's, whatever rights were granted.
 -- Raises   insufficient_privilege (42501)
 -- Locks    nothing
-CREATE OR REPLACE FUNCTION keep_emergency_stops()
+CREATE OR REPLACE FUNCTION keep_append_only()
 RETURNS trigger LANGUAGE plpgsql SECURITY INVOKER
 SET search_path FROM CURRENT
 AS $$
@@ -166,35 +198,33 @@ BEGIN
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION keep_emergency_stops() FROM PUBLIC;
-COMMENT ON FUNCTION keep_emergency_stops() IS 'Trigger: emergency_stops is append-only for all but its owner.';
+REVOKE ALL ON FUNCTION keep_append_only() FROM PUBLIC;
+COMMENT ON FUNCTION keep_append_only() IS 'Trigger: the table is append-only for all but its owner.';
 
-DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('emergency_stops') AND t.tgname = 'append_only') THEN
-        CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON emergency_stops
-            FOR EACH STATEMENT EXECUTE FUNCTION keep_emergency_stops();
-    END IF;
-END;
-$$;
-
--- Default privileges of the installer may have granted more than reading, of the table and of its sequence.
 DO $$
 DECLARE
+    v_table   text;
     v_grantee name;
 BEGIN
-    FOR v_grantee IN
-        SELECT DISTINCT pg_get_userbyid(g.grantee)
-        FROM pg_class c, aclexplode(c.relacl) g
-        WHERE c.oid IN (to_regclass('emergency_stops'), to_regclass('emergency_stops_id_seq')) AND g.grantee NOT IN (0, c.relowner)
-    LOOP
-        EXECUTE format('REVOKE INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER ON emergency_stops FROM %I', v_grantee);
-        EXECUTE format('REVOKE ALL ON SEQUENCE emergency_stops_id_seq FROM %I', v_grantee);
+    FOREACH v_table IN ARRAY '{emergency_stops,batch_changes}'::text[] LOOP
+        IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass(v_table) AND t.tgname = 'append_only') THEN
+            EXECUTE format('CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON %I
+                                FOR EACH STATEMENT EXECUTE FUNCTION keep_append_only()', v_table);
+        END IF;
+        -- Default privileges of the installer may have granted more than reading, of the table and of its sequence.
+        FOR v_grantee IN
+            SELECT DISTINCT pg_get_userbyid(g.grantee)
+            FROM pg_class c, aclexplode(c.relacl) g
+            WHERE c.oid IN (to_regclass(v_table), to_regclass(v_table || '_id_seq')) AND g.grantee NOT IN (0, c.relowner)
+        LOOP
+            EXECUTE format('REVOKE INSERT, UPDATE, DELETE, TRUNCATE, REFERENCES, TRIGGER ON %I FROM %I', v_table, v_grantee);
+            EXECUTE format('REVOKE ALL ON SEQUENCE %I FROM %I', v_table || '_id_seq', v_grantee);
+        END LOOP;
+        EXECUTE format('REVOKE ALL ON %I FROM PUBLIC', v_table);
+        EXECUTE format('REVOKE ALL ON SEQUENCE %I FROM PUBLIC', v_table || '_id_seq');
     END LOOP;
 END;
 $$;
-REVOKE ALL ON emergency_stops FROM PUBLIC;
-REVOKE ALL ON SEQUENCE emergency_stops_id_seq FROM PUBLIC;
 
 DO $$
 BEGIN

@@ -5,7 +5,8 @@
 -- Locks    nothing
 --
 -- A session holds the stop up if it holds what the stop waits for, or what the sessions queued before it wait for.
--- Those that merely wait are left out, and so are other stops of the job that are at work.
+-- Those that merely wait are left out, and so are other stops of the job that are at work. Batches, which hold the
+-- same barriers in the same way, are not: they are known by a lock of their own.
 
 DO $$
 BEGIN
@@ -23,6 +24,7 @@ AS $$
 DECLARE
     v_now     CONSTANT timestamptz := clock_timestamp();
     v_barrier CONSTANT bigint := hashtextextended(emergency_stop_blockers.id, 'jobs'::regclass::oid::bigint);
+    v_batch   CONSTANT bigint := hashtext('beacon-stop batch')::bigint;
 BEGIN
     RETURN QUERY
     WITH RECURSIVE locks AS MATERIALIZED (
@@ -37,6 +39,13 @@ BEGIN
           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
           AND l.classid = (v_barrier >> 32 & 4294967295)::oid
           AND l.objid = (v_barrier & 4294967295)::oid
+          AND NOT EXISTS (
+              SELECT
+              FROM locks b
+              WHERE b.pid = l.pid AND b.locktype = 'advisory' AND b.objsubid = 1 AND b.database = l.database
+                AND b.classid = (v_batch >> 32 & 4294967295)::oid
+                AND b.objid = (v_batch & 4294967295)::oid
+          )
     ),
     queued (waiter) AS (
         SELECT s.pid FROM stops s

