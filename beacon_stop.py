@@ -499,6 +499,9 @@ def explain(error: psycopg.Error, away: bool) -> HTTPError:
         return unavailable("database is read-only")
     if isinstance(error, psycopg.OperationalError):
         return unavailable("database unavailable")
+    if isinstance(error, errors.InternalError_):  # PL/Proxy's word for a shard that is away
+        log_event("error", error=str(error))
+        return unavailable("database unavailable")
     if isinstance(error, psycopg.DataError):
         return HTTPError(HTTPStatus.BAD_REQUEST, "a value cannot be used: the database cannot hold it")
     raise error

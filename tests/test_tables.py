@@ -3,11 +3,10 @@
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg
 import pytest
-from conftest import readme_block, url_of
+from conftest import ROOT, readme_block, url_of
 
 import beacon_stop
 
@@ -267,9 +266,9 @@ def test_a_schema_open_to_everyone_is_warned_of(bare_database, server_url, capsy
 
 def test_a_folder_of_plain_sql():
     """psql, psycopg and pytest-postgresql load the same bytes: no backslash commands, no transactions of their own."""
-    for file in FILES:
+    for file in [*FILES, ROOT / "sql" / "plproxy" / "router.sql"]:
         assert file.read_text().isascii(), "of any encoding that a client or a server may have"
         lines = file.read_text().splitlines()
         assert not [line for line in lines if line.startswith("\\")], file.name
         assert not [line for line in lines if line.upper() in ("BEGIN;", "COMMIT;")], file.name
-    assert [file.name for file in FILES] == sorted(os.listdir(Path(__file__).parent.parent / "sql"))
+    assert [*(file.name for file in FILES), "plproxy"] == sorted(os.listdir(ROOT / "sql"))
