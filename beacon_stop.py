@@ -8,6 +8,7 @@ command `beacon-stop`. Python answers HTTP; every decision about a job is Postgr
 Environment:
     ADMIN_TOKEN               the operators' secret, at least 16 characters; required
     DATABASE_URL              libpq URL of the database, several hosts allowed; required
+    BEACON_READ_DATABASE_URL  the same for readers, such as a standby's (DATABASE_URL)
     HOST, PORT                where `beacon-stop serve` listens (127.0.0.1, 8080)
     BEACON_ADMIN_RATE         accepted admin calls a client (60/minute)
     BEACON_FAILED_RATE        refused admin calls a client (10/minute)
@@ -132,6 +133,7 @@ class Settings:
 
     admin_token: bytes = field(repr=False)
     database_url: str = field(repr=False)
+    read_database_url: str = field(repr=False)
     admin_rate: Rate
     failed_rate: Rate
     read_rate: Rate
@@ -150,7 +152,8 @@ class Settings:
 
         return cls(
             admin_token=read_token(environment.get("ADMIN_TOKEN", "")),
-            database_url=read_database_url(environment.get("DATABASE_URL", "")),
+            database_url=read_url(environment, "DATABASE_URL"),
+            read_database_url=read_url(environment, "BEACON_READ_DATABASE_URL", environment.get("DATABASE_URL", "")),
             admin_rate=read_rate(environment, "BEACON_ADMIN_RATE", "60/minute"),
             failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
             read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
@@ -172,20 +175,21 @@ def read_token(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def read_database_url(text: str) -> str:
+def read_url(environment: Mapping[str, str], name: str, default: str = "") -> str:
+    text = environment.get(name) or default
     if not text:
-        raise ConfigurationError("DATABASE_URL is not set: expected a libpq URL such as postgresql://user@host/database")
+        raise ConfigurationError(f"{name} is not set: expected a libpq URL such as postgresql://user@host/database")
     try:
         text.encode()
         parameters = conninfo_to_dict(text)
         ports = [int(port) for port in str(parameters.get("port") or 5432).split(",") if port]
         int(parameters.get("connect_timeout") or 0)
     except (psycopg.Error, ValueError):  # their texts may quote the password
-        raise ConfigurationError("DATABASE_URL cannot be read: expected a libpq URL such as postgresql://user@host/database") from None
+        raise ConfigurationError(f"{name} cannot be read: expected a libpq URL such as postgresql://user@host/database") from None
     if not all(0 < port <= 65_535 for port in ports):
-        raise ConfigurationError("DATABASE_URL has a port that is none: expected a whole number from 1 to 65535")
+        raise ConfigurationError(f"{name} has a port that is none: expected a whole number from 1 to 65535")
     if "@" in str(parameters.get("host", "")):  # what follows would be logged as a host
-        raise ConfigurationError("DATABASE_URL has an @ in its host: expected %40 for an @ in the password")
+        raise ConfigurationError(f"{name} has an @ in its host: expected %40 for an @ in the password")
     return text
 
 
@@ -420,38 +424,40 @@ class RateLimiter:
 class Database:
     """Two pools of autocommit connections: the admin's, which are kept open and no reader uses, and the readers'.
 
-    `watch` is a single connection beside the admin's, for asking who holds up a stop while it waits.
+    Beside the admin's, to the same database, there are two single connections: `watch`, for asking who holds up a stop
+    while it waits, and `health`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.away = threading.Event()  # the last attempt to connect has failed
-        self.admin = self._pool("admin", settings.admin_pool, settings.admin_pool)
-        self.watch = self._pool("watch", 1, 1)
-        self.read = self._pool("read", 1, settings.read_pool)
+        self.away = set[str]()  # the pools whose last attempt to connect has failed
+        self.admin = self._pool("admin", settings.database_url, settings.admin_pool, settings.admin_pool)
+        self.watch = self._pool("watch", settings.database_url, 1, 1)
+        self.health = self._pool("health", settings.database_url, 1, 1)
+        self.read = self._pool("read", settings.read_database_url, 1, settings.read_pool)
 
-    def _pool(self, name: str, min_size: int, max_size: int) -> ConnectionPool[psycopg.Connection[Any]]:
-        parameters = conninfo_to_dict(self.settings.database_url)
+    def _pool(self, name: str, url: str, min_size: int, max_size: int) -> ConnectionPool[psycopg.Connection[Any]]:
+        parameters = conninfo_to_dict(url)
         # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
         defaults = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
                     "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
         return ConnectionPool(
-            self.settings.database_url,
+            url,
             kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"}
             | {key: value for key, value in defaults.items() if key not in parameters},
             min_size=min_size,
             max_size=max_size,
             name=name,
-            configure=self._configure,
+            configure=lambda connection: self._configure(name, connection),
             timeout=POOL_TIMEOUT,
             reconnect_timeout=1.0,  # then the next call tries anew, at once: no growing delays when it comes back
-            reconnect_failed=lambda _: self.away.set(),
+            reconnect_failed=lambda _: self.away.add(name),
             num_workers=2,
             open=True,
         )
 
-    def _configure(self, connection: psycopg.Connection[Any]) -> None:
-        self.away.clear()
+    def _configure(self, name: str, connection: psycopg.Connection[Any]) -> None:
+        self.away.discard(name)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
             " set_config('default_transaction_isolation', 'read committed', false)",
@@ -466,7 +472,7 @@ class Database:
         A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
         """
         for last_try in (False, True):
-            connection = pool.getconn(AWAY_TIMEOUT if self.away.is_set() else timeout)
+            connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
             try:
                 return connection.execute(query, tuple(parameters)).fetchall()
             except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
@@ -481,7 +487,7 @@ class Database:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        for pool in (self.admin, self.watch, self.read):
+        for pool in (self.admin, self.watch, self.health, self.read):
             pool.close()
 
 
@@ -730,7 +736,7 @@ class Service:
     def get_job(self, request: Request, job_id: str) -> Response:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
         self.limit_read(request)
-        answer = self.read_call(GET_JOB, (request.read_id(job_id),))[0][0]
+        answer = self.call(self.database.read, GET_JOB, (request.read_id(job_id),))[0][0]
         found = answer.startswith('{"job"')  # not parsed: metadata may hold numbers and depths that Python does not take
         return Response(HTTPStatus.OK if found else HTTPStatus.NOT_FOUND, answer.encode() + b"\n")
 
@@ -757,7 +763,7 @@ class Service:
     def execution_pages(self, job_id: str, status: str | None, after: int | None, limit: int) -> Iterator[list[str]]:
         """The JSON of the executions, a list of them a page; at least one page, which may be empty."""
         while True:
-            rows = self.read_call(LIST_EXECUTIONS, (job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES))
+            rows = self.call(self.database.read, LIST_EXECUTIONS, (job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES))
             yield [execution for _, execution in rows]
             limit -= len(rows)
             if not rows or not limit:
@@ -777,8 +783,8 @@ class Service:
         return Response(HTTPStatus.OK, b'{"ok": true}\n')
 
     def health_ready(self, request: Request) -> Response:
-        """GET /health/ready: the database answers, and this role may execute every function that the service calls."""
-        missing = self.read_call(MISSING_FUNCTIONS, (FUNCTIONS,), timeout=2.0)
+        """GET /health/ready: the database that stops go to answers, and this role may execute every function that is called."""
+        missing = self.call(self.database.health, MISSING_FUNCTIONS, (FUNCTIONS,), timeout=2.0)
         if missing:
             names = ", ".join(name for (name,) in missing)
             raise unavailable(f"missing in the database, or not to be executed by this role: {names}; run beacon-stop init-db")
@@ -797,7 +803,7 @@ class Service:
             try:
                 response = answer()
             except psycopg.Error as error:
-                raise explain(error, self.database.away.is_set()) from error
+                raise explain(error, self.database.admin.name in self.database.away) from error
             status = response.status
             return response
         except HTTPError as error:
@@ -821,11 +827,13 @@ class Service:
     def limit_read(self, request: Request) -> None:
         self.reads.take(request.read_client(self.settings.trusted_proxies))
 
-    def read_call(self, query: str, parameters: Iterable[Any], timeout: float | None = None) -> list[tuple[Any, ...]]:
+    def call(
+        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float | None = None
+    ) -> list[tuple[Any, ...]]:
         try:
-            return self.database.call(self.database.read, query, parameters, timeout)
+            return self.database.call(pool, query, parameters, timeout)
         except psycopg.Error as error:
-            raise explain(error, self.database.away.is_set()) from error
+            raise explain(error, pool.name in self.database.away) from error
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
@@ -1309,7 +1317,7 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
                 flush=True,
             )
 
-        serve({**environment, "DATABASE_URL": url, "ADMIN_TOKEN": token}, host, port, announce_demo)
+        serve({**environment, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url, "ADMIN_TOKEN": token}, host, port, announce_demo)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1324,7 +1332,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "init-db":
-            init_db(read_database_url(os.environ.get("DATABASE_URL", "")))
+            init_db(read_url(os.environ, "DATABASE_URL"))
             return 0
         environment = dict(os.environ)
         if options.port is not None:

@@ -27,6 +27,11 @@ BAD = {
     "a timeout": ({"DATABASE_URL": "postgresql://u:secret-password@h/x?connect_timeout=soon"}, "DATABASE_URL cannot be read"),
     "a database port": ({"DATABASE_URL": "postgresql://u:secret-password@h:99999/x"}, "DATABASE_URL has a port that is none"),
     "an @ in the password": ({"DATABASE_URL": "postgresql://u:secret@secret-password@h/x"}, "DATABASE_URL has an @ in its host"),
+    "a bad database for readers": (
+        {"BEACON_READ_DATABASE_URL": "postgresql://u:secret-password@[/x"},
+        "BEACON_READ_DATABASE_URL cannot be read",
+    ),
+    "a port for readers": ({"BEACON_READ_DATABASE_URL": "postgresql://h:0/x"}, "BEACON_READ_DATABASE_URL has a port that is none"),
     "a name with two dots": ({"HOST": "a..b"}, "HOST is 'a..b': expected an address or a name"),
     "a port": ({"PORT": "http"}, "PORT is 'http': expected a whole number from 0 to 65535"),
     "a large port": ({"PORT": "65536"}, "PORT is '65536': expected a whole number from 0 to 65535"),
@@ -77,8 +82,14 @@ def test_settings_as_they_are_meant():
     assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(60, 60), beacon_stop.Rate(10, 60))
     assert (settings.read_rate, settings.trusted_proxies) == (beacon_stop.Rate(300, 60), 0)
 
+    assert settings.read_database_url == settings.database_url == GOOD["DATABASE_URL"]
+
     settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"})
     assert (settings.lock_timeout, settings.statement_timeout) == (0.25, 120)
+
+    settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
+    assert (settings.database_url, settings.read_database_url) == (GOOD["DATABASE_URL"], "postgresql:///standby")
+    assert "postgresql" not in repr(settings)
 
 
 def test_the_readme_lists_every_setting():
@@ -94,7 +105,7 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
 
 def test_the_demo_from_its_first_line_to_its_last_process(folder):
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT)}
-    environment["DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
+    environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
     process = subprocess.Popen(
         [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
         env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
