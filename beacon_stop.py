@@ -44,7 +44,7 @@ import traceback
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, contextmanager, suppress
@@ -110,6 +110,7 @@ PAGE_ROWS = 1_000  # of a listing, read from the database at a time
 PAGE_BYTES = 256 * 1024  # the same, whichever comes first
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
+SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
 RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -421,6 +422,32 @@ class RateLimiter:
 # --- The database -----------------------------------------------------------------------------------------------------
 
 
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection that is closed, with OperationalError, when the server takes longer than `patience` seconds.
+
+    Its own timeouts bound neither a server that hangs nor a commit that waits for a standby. Not cancelled but closed:
+    a commit whose wait is cancelled passes for a success.
+    """
+
+    patience = SILENCE
+
+    def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
+        return super().wait(self._bounded(gen), *arguments, **options)
+
+    def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        deadline = time.monotonic() + self.patience
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() >= deadline:
+                    self.close()
+                    raise psycopg.OperationalError("the server does not answer")
+                wanted = gen.send(ready)
+        except StopIteration as end:
+            return end.value
+
+
 class Database:
     """Two pools of autocommit connections: the admin's, which are kept open and no reader uses, and the readers'.
 
@@ -436,13 +463,14 @@ class Database:
         self.health = self._pool("health", settings.database_url, 1, 1)
         self.read = self._pool("read", settings.read_database_url, 1, settings.read_pool)
 
-    def _pool(self, name: str, url: str, min_size: int, max_size: int) -> ConnectionPool[psycopg.Connection[Any]]:
+    def _pool(self, name: str, url: str, min_size: int, max_size: int) -> ConnectionPool[BoundedConnection]:
         parameters = conninfo_to_dict(url)
         # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
         defaults = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
                     "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
         return ConnectionPool(
             url,
+            connection_class=BoundedConnection,
             kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"}
             | {key: value for key, value in defaults.items() if key not in parameters},
             min_size=min_size,
@@ -456,7 +484,7 @@ class Database:
             open=True,
         )
 
-    def _configure(self, name: str, connection: psycopg.Connection[Any]) -> None:
+    def _configure(self, name: str, connection: BoundedConnection) -> None:
         self.away.discard(name)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
@@ -465,7 +493,7 @@ class Database:
         )
 
     def call(
-        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float | None = None
+        self, pool: ConnectionPool[BoundedConnection], query: str, parameters: Iterable[Any], timeout: float | None = None
     ) -> list[tuple[Any, ...]]:
         """Run one statement, a transaction of its own, and return its rows once it is committed.
 
@@ -474,6 +502,7 @@ class Database:
         for last_try in (False, True):
             connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
             try:
+                connection.patience = self.settings.statement_timeout + SILENCE
                 return connection.execute(query, tuple(parameters)).fetchall()
             except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
                 # A server that ends, or that has become a standby: the next connection may find another one.
@@ -482,6 +511,7 @@ class Database:
                 if last_try or not connection.closed:
                     raise
             finally:
+                connection.patience = SILENCE
                 pool.putconn(connection)
             pool.check()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")
@@ -828,7 +858,7 @@ class Service:
         self.reads.take(request.read_client(self.settings.trusted_proxies))
 
     def call(
-        self, pool: ConnectionPool[psycopg.Connection[Any]], query: str, parameters: Iterable[Any], timeout: float | None = None
+        self, pool: ConnectionPool[BoundedConnection], query: str, parameters: Iterable[Any], timeout: float | None = None
     ) -> list[tuple[Any, ...]]:
         try:
             return self.database.call(pool, query, parameters, timeout)
