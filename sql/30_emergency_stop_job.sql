@@ -134,15 +134,16 @@ BEGIN
     END;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
+    -- Acknowledged means flushed, here and by a synchronous standby. It has to hold until the commit, which a SET clause
+    -- of the function would not.
+    IF current_setting('synchronous_commit') IN ('off', 'local') THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    END IF;
     IF v_done THEN
         RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', emergency_stop_job.id,
                                  'status', v_status, 'action', 'none');
     END IF;
 
-    -- Acknowledged means flushed. It has to hold until the commit, which a SET clause of the function would not.
-    IF current_setting('synchronous_commit') = 'off' THEN
-        PERFORM set_config('synchronous_commit', 'on', true);
-    END IF;
     INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
     VALUES (emergency_stop_job.id, COALESCE(v_status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
     PERFORM pg_notify('emergency_stop', json_build_object('job_id', emergency_stop_job.id, 'stopped_at', v_stopped_at,

@@ -180,7 +180,7 @@ def test_it_refuses_to_run_on_an_old_snapshot(connect, make_job, db, level):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("off", "on"), ("local", "local"), ("on", "on"), ("remote_write", "remote_write"), ("remote_apply", "remote_apply")],
+    [("off", "on"), ("local", "on"), ("on", "on"), ("remote_write", "remote_write"), ("remote_apply", "remote_apply")],
 )
 def test_the_commit_is_flushed_and_a_stricter_setting_never_lowered(connect, make_job, before, after):
     job_id = make_job(running=1)
