@@ -8,6 +8,7 @@
 --          and, where something was stopped and a reason was given, "reason" as the last key
 -- Raises   invalid_parameter_value (22023)    reason has more than 1,000 characters
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
+--          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         other transactions held the job for longer than lock_timeout
 --          deadlock_detected (40P01)          the caller's own transaction holds what another one that is in the way waits for
 -- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE; all until the
@@ -43,6 +44,12 @@ BEGIN
             USING MESSAGE = format('emergency_stop_job cannot run in a %s transaction', upper(current_setting('transaction_isolation'))),
                   DETAIL = 'Its snapshot would not show executions that others have added since.',
                   HINT = 'Call it in a READ COMMITTED transaction.';
+    END IF;
+    IF current_setting('transaction_read_only')::boolean THEN
+        RAISE read_only_sql_transaction
+            USING MESSAGE = 'emergency_stop_job cannot run in a read-only transaction',
+                  DETAIL = 'On a standby, jobs may be missing, or not yet be what they are on the primary.',
+                  HINT = 'Call it on the primary.';
     END IF;
     IF length(emergency_stop_job.reason) > 1000 THEN
         RAISE invalid_parameter_value
@@ -165,7 +172,7 @@ REVOKE ALL ON FUNCTION emergency_stop_job(text, text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_job(text, text) IS
     'Stops a job and all its executions for good; returns the JSON summary, or {error, job_id} for an unknown job. '
     'Raises 55P03 when others hold the job for longer than lock_timeout (10 s where that is 0), 25000 above READ COMMITTED, '
-    '22023 for a reason of more than 1000 characters. Locks the job''s barrier, its row and its active executions until the transaction ends.';
+    '25006 in a read-only transaction, 22023 for a reason of more than 1000 characters. Locks the job''s barrier, its row and its active executions until the transaction ends.';
 
 DO $$
 BEGIN
