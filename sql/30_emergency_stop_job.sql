@@ -13,7 +13,8 @@
 --          deadlock_detected (40P01)          the caller's own transaction holds what another one that is in the way waits for
 -- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE; all until the
 --          transaction ends. Each wait is bounded by lock_timeout; by 10 s where that is 0. With nothing left
---          to stop it locks and writes nothing.
+--          to stop it locks and writes nothing, and only waits until a synchronous standby, if there is one, has
+--          what was written before.
 
 DO $$
 BEGIN
@@ -147,6 +148,11 @@ BEGIN
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
     IF v_done THEN
+        -- A commit whose wait for the standby was cut short is visible nevertheless. With a record of our own, which
+        -- nobody reads, we wait for all that was written before it.
+        IF current_setting('synchronous_standby_names') <> '' THEN
+            PERFORM pg_logical_emit_message(true, 'beacon-stop', '');
+        END IF;
         RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', emergency_stop_job.id,
                                  'status', v_status, 'action', 'none');
     END IF;
