@@ -478,11 +478,16 @@ class Database:
             name=name,
             configure=lambda connection: self._configure(name, connection),
             timeout=POOL_TIMEOUT,
-            reconnect_timeout=1.0,  # then the next call tries anew, at once: no growing delays when it comes back
-            reconnect_failed=lambda _: self.away.add(name),
+            reconnect_timeout=1.0,  # then anew, at once: no growing delays when it comes back
+            reconnect_failed=self._try_anew,
             num_workers=2,
             open=True,
         )
+
+    def _try_anew(self, pool: ConnectionPool[Any]) -> None:
+        self.away.add(pool.name)
+        if pool.get_stats()["requests_waiting"]:  # else the next call does; nobody else would for those who wait
+            pool.check()
 
     def _configure(self, name: str, connection: BoundedConnection) -> None:
         self.away.discard(name)
