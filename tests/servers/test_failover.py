@@ -4,13 +4,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, Service, create_service_role, new_folder, wait_until
+from conftest import SERVICE_PASSWORD, TOKEN, Client, Service, create_service_role, new_folder, wait_until
 from processes import Cluster
 
 import beacon_stop
@@ -168,6 +168,23 @@ def test_no_acknowledged_stop_is_lost_when_the_primary_is_killed_and_its_standby
     told = [job_id for _, job_id, message in operators.acknowledged if message == "Job emergency stopped"]
     assert len(told) == len(set(told))
     assert service.process.poll() is None
+
+
+def test_a_caller_who_waits_is_answered_once_the_standby_has_taken_over(pair, monkeypatch):
+    """Though the attempts to connect that its call gave rise to have all failed before."""
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 60.0)
+    primary, standby = pair
+    add_jobs(primary, 1)
+    with closing(beacon_stop.create_app({}, admin_token=TOKEN, database_url=url_of(primary, standby))) as app:
+        client = Client(app)
+        assert client.stop("unknown").status == 404
+        primary.kill()
+        with ThreadPoolExecutor(1) as operator:
+            call = operator.submit(client.stop, "job-0")
+            wait_until(lambda: "admin" in app.service().database.away, 30)
+
+            promote(standby)
+            assert call.result(20).status == 200
 
 
 def test_a_planned_switchover_after_which_the_first_host_is_the_standby(pair, start_service):
