@@ -127,7 +127,7 @@ BEGIN
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
-    IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') = 'off' THEN  -- acknowledged means flushed
+    IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') IN ('off', 'local') THEN  -- acknowledged means flushed
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
     INSERT INTO batch_changes (operation, job_id, previous_status, executions_stopped, changed_at)

@@ -114,7 +114,7 @@ BEGIN
         v_jobs := v_jobs || json_build_object('job_id', v_job.id, 'previous_status', 'failed', 'attempt', v_attempt);
     END LOOP;
 
-    IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') = 'off' THEN  -- acknowledged means flushed
+    IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') IN ('off', 'local') THEN  -- acknowledged means flushed
         PERFORM set_config('synchronous_commit', 'on', true);
     END IF;
     INSERT INTO batch_changes (operation, job_id, previous_status, attempt, changed_at)

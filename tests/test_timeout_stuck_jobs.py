@@ -137,14 +137,15 @@ def test_the_lock_timeout_is_afterwards_what_it_was(service, db, make_job, funct
     assert service.execute(f"SELECT {function}(), current_setting('lock_timeout')").fetchone()[1] == "1234ms"
 
 
+@pytest.mark.parametrize("asynchronous", ["off", "local"])
 @pytest.mark.parametrize("changed", [True, False])
-def test_what_is_acknowledged_is_flushed(service, db, make_job, changed):
+def test_what_is_acknowledged_is_flushed(service, db, make_job, changed, asynchronous):
     age(db, 20 if changed else 0, make_job())
-    service.execute("SET synchronous_commit = off")
+    service.execute("SELECT set_config('synchronous_commit', %s, false)", (asynchronous,))
 
     for function in ("timeout_stuck_jobs", "repair_stuck_jobs"):
         setting = service.execute(f"SELECT {function}(), current_setting('synchronous_commit')").fetchone()[1]
-        assert setting == ("on" if changed else "off"), function
+        assert setting == ("on" if changed else asynchronous), function
 
 
 LOCKS = {
