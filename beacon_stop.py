@@ -30,6 +30,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import re
 import resource
 import secrets
@@ -286,6 +287,20 @@ class Request:
             if len(hops) >= trusted_proxies:
                 address = read_address(hops[-trusted_proxies].strip()) or address
         return read_address(address) or address
+
+    def read_path(self) -> str:
+        """The path below the mount point, percent-decoded, each byte as a character.
+
+        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where
+        that is all that tells it from what was sent, and the server says what was sent, that is what counts.
+        """
+        path: str = self.environ.get("PATH_INFO", "")
+        mount: str = self.environ.get("SCRIPT_NAME", "")
+        target = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
+        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL)
+        sent = unquote_to_bytes(sent.encode("latin-1", "replace")).decode("latin-1")
+        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", text, flags=re.IGNORECASE)) for text in (mount + path, sent))
+        return sent.removeprefix(mount) if tidy == sent_tidy and sent.startswith(mount) else path
 
     def read_id(self, text: str) -> str:
         """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
@@ -597,7 +612,7 @@ class Application:
             return HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id).response()
 
     def route(self, request: Request) -> Response:
-        path = request.environ.get("PATH_INFO", "")
+        path = request.read_path()
         allowed: list[str] = []
         for pattern, method, name in ROUTES:
             if match := pattern.fullmatch(path):

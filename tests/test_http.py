@@ -91,6 +91,35 @@ def test_ids_that_no_table_can_hold(shared_client, id):
     assert re.match("job id (cannot be used: expected 1 to 255 characters|is not UTF-8)", answer.json["error"])
 
 
+TIDIED = {
+    "joined slashes": ("a//b", "/admin/jobs/a/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F%2Fb/emergency-stop"}),
+    "a joined slash at the end": ("a/", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2f/emergency-stop?x=/"}),
+    "resolved dots": ("a/../b", "/admin/jobs/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F..%2Fb/emergency-stop"}),
+    "slashes left as they are": (
+        "ä/b",
+        "/admin/jobs/\u00c3\u00a4%2Fb/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/%C3%A4%2Fb/emergency-stop"},
+    ),
+    "a percent sign": ("a%2Fb", "/admin/jobs/a%2Fb/emergency-stop", {"RAW_URI": "/admin/jobs/a%252Fb/emergency-stop"}),
+    "bytes": ("ä//b", "/admin/jobs/\u00c3\u00a4/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"}),
+    "below a prefix": ("a//b", "/admin/jobs/a/b/emergency-stop", {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"}),
+    "an absolute target": ("//", "/admin/jobs/emergency-stop", {"REQUEST_URI": "HTTP://x:1/admin/jobs/%2F%2F/emergency-stop"}),
+    "rewritten": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/brake?job=a"}),
+    "rewritten below a prefix": ("a", "/admin/jobs/a/emergency-stop", {"SCRIPT_NAME": "/x", "REQUEST_URI": "/admin/jobs/b/emergency-stop"}),
+    "a prefix taken away": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/x/admin/jobs/a/emergency-stop"}),
+}
+
+
+@pytest.mark.parametrize("name", TIDIED)
+def test_a_path_that_the_server_tidied_up_is_not_taken_for_another_jobs(client, make_job, db, name):
+    id, path, environ = TIDIED[name]
+    for each in {id, "a", "b", "a/b", "a%2Fb"}:
+        make_job(each, running=1)
+
+    assert client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN, **environ).json["job_id"] == id
+    assert db.execute("SELECT job_id FROM emergency_stops").fetchall() == [(id,)]
+
+
 def test_the_reason(client, make_job, db):
     job_id = make_job(running=1)
 
