@@ -115,13 +115,14 @@ AllowEncodedSlashes On
 
 def prepare(folder: Path, port: int) -> None:
     """What the command lines expect in a folder. Apache's users read the module there: the clone may be closed to them."""
+    site_packages = Path(sysconfig.get_path("purelib"))
     folder.chmod(0o755)
     (folder / "validated.py").write_text(VALIDATED)
     (folder / "gunicorn.conf.py").write_text(GUNICORN_CONF)
     (folder / "beacon.wsgi").write_text(WSGI_FILE)
     (folder / "apache.conf").write_text(APACHE.format(port=port, folder=folder))
     (folder / "beacon_stop.py").write_bytes(Path(beacon_stop.__file__).read_bytes())
-    for package in [*Path(sysconfig.get_path("purelib")).glob("psycopg*"), *Path(sysconfig.get_path("purelib")).glob("typing_extensions*")]:
+    for package in [*site_packages.glob("psycopg*"), *site_packages.glob("typing_extensions*")]:
         if package.is_dir():
             shutil.copytree(package, folder / package.name)
         else:
@@ -142,8 +143,8 @@ class Served:
         answer = send(f"http://127.0.0.1:{self.port}", method, self.kind.mount + path, body, **headers)
         return replace(answer, headers={name.lower(): value for name, value in answer.headers.items()})  # servers write them as they like
 
-    def stop(self, id: str, body: Any = b"{}", token: str = TOKEN, **headers: str) -> Answer:
-        return self("POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": token, **headers})
+    def stop(self, id: str, body: Any = b"{}", **headers: str) -> Answer:
+        return self("POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": TOKEN, **headers})
 
     def stop_in_chunks(self, id: str, body: bytes) -> Answer:
         """A stop with a body of unknown length, sent whole before the answer is awaited: it may be refused unread."""
@@ -175,8 +176,8 @@ class Served:
     def all_answer(self) -> bool:
         """Call until each process has answered, which is when it connects."""
         with suppress(OSError, http.client.HTTPException), ThreadPoolExecutor(8) as callers:
-            assert {answer.status for answer in callers.map(lambda _: self("GET", "/health/ready"), range(16))} == {200}
-            return len(self.database_ports()) == self.kind.processes
+            statuses = {answer.status for answer in callers.map(lambda _: self("GET", "/health/ready"), range(16))}
+            return statuses == {200} and len(self.database_ports()) == self.kind.processes
         return False
 
 
