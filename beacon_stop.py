@@ -291,16 +291,18 @@ class Request:
     def read_path(self) -> str:
         """The path below the mount point, percent-decoded, each byte as a character.
 
-        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where
-        that is all that tells it from what was sent, and the server says what was sent, that is what counts.
+        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where that
+        is all that tells it from what was sent, and the server says what was sent, that is what counts. Not where the
+        first part differs: a rule of the server's for /admin shall not be got round.
         """
         path: str = self.environ.get("PATH_INFO", "")
-        mount: str = self.environ.get("SCRIPT_NAME", "")
-        target = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL)
-        sent = unquote_to_bytes(sent.encode("latin-1", "replace")).decode("latin-1")
-        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", text, flags=re.IGNORECASE)) for text in (mount + path, sent))
-        return sent.removeprefix(mount) if tidy == sent_tidy and sent.startswith(mount) else path
+        target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
+        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL).encode("latin-1", "replace")
+        sent_path = unquote_to_bytes(sent).decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
+            return path
+        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", text, flags=re.IGNORECASE)) for text in (path, sent_path))
+        return sent_path if tidy == sent_tidy else path
 
     def read_id(self, text: str) -> str:
         """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""

@@ -120,6 +120,16 @@ def test_a_path_that_the_server_tidied_up_is_not_taken_for_another_jobs(client, 
     assert db.execute("SELECT job_id FROM emergency_stops").fetchall() == [(id,)]
 
 
+def test_dots_lead_to_no_route_but_the_one_that_the_server_sees(client, make_job, db):
+    make_job("x", running=1)
+    sent = "/admin/jobs/../../api/v1/jobs/x/emergency-stop"
+
+    assert client("GET", "/api/v1/jobs/x/emergency-stop", REQUEST_URI=sent).json == {
+        "error": "job not found",
+        "job_id": "x/emergency-stop",
+    }
+
+
 def test_the_reason(client, make_job, db):
     job_id = make_job(running=1)
 
