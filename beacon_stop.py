@@ -48,7 +48,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from io import BytesIO
@@ -469,12 +469,14 @@ class Database:
     """Two pools of autocommit connections: the admin's, which are kept open and no reader uses, and the readers'.
 
     Beside the admin's, to the same database, there are two single connections: `watch`, for asking who holds up a stop
-    while it waits, and `health`.
+    while it waits, and `health`. Behind a pooler, where each transaction may meet another session, no session is set up
+    and nothing is prepared.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.away = set[str]()  # the pools whose last attempt to connect has failed
+        self.pooled = set[str]()  # those whose last connection was to a pooler
         self.admin = self._pool("admin", settings.database_url, settings.admin_pool, settings.admin_pool)
         self.watch = self._pool("watch", settings.database_url, 1, 1)
         self.health = self._pool("health", settings.database_url, 1, 1)
@@ -508,6 +510,13 @@ class Database:
 
     def _configure(self, name: str, connection: BoundedConnection) -> None:
         self.away.discard(name)
+        (pid,) = cast(tuple[int], connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone())
+        if pid != connection.info.backend_pid:  # poolers make one up
+            self.pooled.add(name)
+            connection.prepare_threshold = None
+            connection.cursor_factory = psycopg.ClientCursor
+            return
+        self.pooled.discard(name)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
             " set_config('default_transaction_isolation', 'read committed', false)",
@@ -525,7 +534,18 @@ class Database:
             connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
-                return connection.execute(query, tuple(parameters)).fetchall()
+                if connection.cursor_factory is not psycopg.ClientCursor:
+                    return connection.execute(query, tuple(parameters)).fetchall()
+                # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
+                cursor = connection.execute(
+                    "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+                    f" SET LOCAL lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
+                    f" SET LOCAL statement_timeout = {self.settings.statement_timeout * 1000:.0f}; {query}",
+                    tuple(parameters),
+                )
+                while cursor.nextset():
+                    pass
+                return cursor.fetchall()
             except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
                 # A server that ends, or that has become a standby: the next connection may find another one.
                 if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
@@ -647,6 +667,7 @@ class Service:
         self.database = Database(settings)
         self.lock = threading.Lock()
         self.turns: dict[str, Turn] = {}  # by job, while there are calls for it
+        self.pooled_look = threading.Semaphore(1)
 
     def stop_job(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
@@ -708,7 +729,9 @@ class Service:
             raise error
         error = None
         try:
-            return self.stop_locked_job(job_id, reason, force)
+            # A pooler may have fewer sessions than there are stops that wait, and then none left for whoever looks at them.
+            with self.pooled_look if self.database.admin.name in self.database.pooled else nullcontext():
+                return self.stop_locked_job(job_id, reason, force)
         except BaseException as raised:
             error = raised
             raise
@@ -726,6 +749,7 @@ class Service:
         """
         names = ("pid", "application_name", "state", "transaction_seconds")
         patience = self.settings.lock_timeout
+        unseen = 0  # attempts in which nobody was seen in the way, as where a pooler had no session left for the look
         blockers: dict[int, dict[str, Any]] = {}
         since: dict[int, float] = {}  # when each was first seen in the way
         ended, not_ended = 0, list[Any]()
@@ -755,7 +779,8 @@ class Service:
                     answer: str = stop.result()[0][0]
                     break
                 except errors.LockNotAvailable:
-                    if ended == ended_before:
+                    unseen += not blockers
+                    if ended == ended_before and (blockers or unseen == 3):
                         details = {"job_id": job_id, "blocked_by": [blockers[pid] for pid in sorted(blockers)]}
                         raise unavailable("job is locked", **details, **({"not_ended": not_ended} if not_ended else {})) from None
         if ended:
