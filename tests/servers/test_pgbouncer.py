@@ -168,36 +168,43 @@ def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(db,
     assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [[holder.pid] for holder in holders] * 2
 
 
-def test_a_look_that_found_no_session_is_taken_again(db, make_job, hold, start_pooled, pooled_url, owner_url):
+@pytest.fixture
+def attempts(db) -> Callable[[], int]:
+    """How many transactions of the service have been seen to wait for a lock."""
+    seen = set()
+
+    def attempts() -> int:
+        query = "SELECT pid, xact_start FROM pg_stat_activity WHERE usename = 'beacon_service' AND wait_event_type = 'Lock'"
+        seen.update(db.execute(query))
+        return len(seen)
+
+    return attempts
+
+
+def test_a_look_that_found_no_session_is_taken_again(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
     service = start_pooled(BEACON_LOCK_TIMEOUT="1s")
     job = make_job(running=3)
     holder = hold(owner_url, job)
-    attempts = set()
-
-    def third_attempt() -> bool:
-        attempts.update(db.execute("SELECT xact_start FROM pg_stat_activity WHERE usename = 'beacon_service' AND wait_event_type = 'Lock'"))
-        return len(attempts) == 3
-
     with each_server_connection(pooled_url) as clients, in_thread(service.stop, job) as outcome:
         clients[0].rollback()  # one session for the stop, none for the look
-        wait_until(third_attempt)
+        wait_until(lambda: attempts() >= 3)
         clients[1].rollback()
 
     assert (outcome.result.status, [one["pid"] for one in outcome.result.json["blocked_by"]]) == (503, [holder.pid])
 
 
-def test_a_locked_job_holds_up_no_stop_of_another(make_job, hold, start_pooled, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="1s")
-    locked = [make_job() for _ in range(4)]
-    for job in locked:
+def test_calls_for_other_locked_jobs_keep_no_force_from_its_look(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
+    service = start_pooled(BEACON_LOCK_TIMEOUT="2s")
+    jobs = [make_job(running=3) for _ in range(4)]
+    for job in jobs:
         hold(owner_url, job)
-    with ThreadPoolExecutor(4) as executor:
-        waiting = [executor.submit(service.stop, job) for job in locked]
-        wait_until(lambda: all(call.running() for call in waiting))
-        answers = [service.stop(make_job(running=1)).status for _ in range(20)]
+    with psycopg.connect(pooled_url, prepare_threshold=None) as bystander, ThreadPoolExecutor(4) as executor:
+        bystander.execute("SELECT 1")
+        stops = [executor.submit(service.stop, jobs[0], b'{"force": true}')]
+        wait_until(lambda: attempts() >= 2)
+        stops += [executor.submit(service.stop, job, b'{"force": true}') for job in jobs[1:]]
 
-        assert answers == [200] * 20
-        assert not all(call.done() for call in waiting)
+        assert [stop.result().json.get("sessions_ended") for stop in stops] == [1] * 4
 
 
 @pytest.mark.parametrize("standard", ["on", "off"])
