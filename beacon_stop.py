@@ -70,7 +70,10 @@ __all__ = ["ConfigurationError", "application", "create_app"]
 
 STOP_JOB = "SELECT emergency_stop_job(%s, %s)::text"
 STOP_BLOCKERS = "SELECT pid, application_name, state, transaction_seconds::float8 FROM emergency_stop_blockers(%s)"
-END_BLOCKERS = "SELECT emergency_stop_end_blockers(%s)::text"
+END_BLOCKERS = """
+    SELECT emergency_stop_end_blockers(%s)::text
+    WHERE (SELECT bool_and(pid = ANY (%s::int[]) AND COALESCE(transaction_seconds >= %s, true)) FROM emergency_stop_blockers(%s))
+"""  # only if nobody else has come to be in the way meanwhile, perhaps in the session that another had from a pooler
 GET_JOB = "SELECT get_job(%s)::text"
 LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %s, %s)"
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
@@ -769,9 +772,11 @@ class Service:
                             now - since[pid] >= patience / 8 and (seconds is None or seconds >= patience) for pid, _, _, seconds in rows
                         )
                         if force and rows and overdue and not not_ended:
-                            result = json.loads(self.database.call(self.database.watch, END_BLOCKERS, (job_id,))[0][0])
-                            ended += result["sessions_ended"]
-                            not_ended = result["not_ended"]
+                            overdue_ones = (job_id, [row[0] for row in rows], patience, job_id)
+                            for (text,) in self.database.call(self.database.watch, END_BLOCKERS, overdue_ones):
+                                result = json.loads(text)
+                                ended += result["sessions_ended"]
+                                not_ended = result["not_ended"]
                     except psycopg.Error as error:  # then it is not known who they are
                         log_event("error", job_id=job_id, error=str(error))
                         time.sleep(0.5)

@@ -8,6 +8,8 @@ import psycopg
 import pytest
 from conftest import Client, count_active, in_thread, is_waiting, wait_until
 
+import beacon_stop
+
 STOP = "SELECT emergency_stop_job(%s)"
 
 
@@ -227,6 +229,25 @@ def test_force_spares_transactions_younger_than_the_lock_timeout(make_app, db, c
         answer = stop.result()
     assert (answer.status, answer.json["sessions_ended"], answer.json["executions_stopped"]) == (200, 1, 2)
     assert not is_alive(old)
+
+
+def test_force_ends_nobody_once_another_is_in_the_way_or_has_the_session(db, connect, service, make_job, hold):
+    """Between the look and the end sessions change, and behind a pooler whose transaction they hold."""
+    job_id = make_job(running=1)
+    holder = hold(HOLDS["a locked job"], job_id)
+    (pid,) = pids(holder)
+    stopper = connect()
+
+    def end(*seen: int, seconds: float) -> list[tuple[str]]:
+        return service.execute(beacon_stop.END_BLOCKERS, (job_id, list(seen), seconds, job_id)).fetchall()
+
+    with in_thread(stopper.execute, STOP, (job_id,)):
+        wait_until(lambda: is_waiting(db, stopper))
+        assert end(seconds=0.0) == end(pid + 1, seconds=0.0) == end(pid, seconds=60.0) == []
+        assert is_alive(holder)
+        assert len(end(pid, seconds=0.001)) == 1
+    assert not is_alive(holder)
+    assert count_active(db, job_id) == 0
 
 
 def test_force_where_nobody_is_in_the_way_changes_nothing(client, make_job):
