@@ -102,18 +102,19 @@ def peers(service: Service) -> set[int]:
 
 
 def test_both_connections_are_kept(make_job, proxy, service):
-    upstream = set()
+    upstream = []
     with proxy.client() as connection:
         for _ in range(20):
             path = f"/admin/jobs/{make_job(running=1)}/emergency-stop"
             assert ask(connection, "POST", path, b"{}", **{"X-Admin-Token": TOKEN}).json["executions_stopped"] == 1
-            upstream |= peers(service)
+            upstream.append(peers(service))
             client = connection.sock.getsockname()
             assert ask(connection, "GET", "/health/ready").status == 200
-            upstream |= peers(service)
+            upstream.append(peers(service))
             assert connection.sock.getsockname() == client
 
-    assert len(upstream) == 1
+    assert len(set.intersection(*upstream)) == 1
+    assert len(set.union(*upstream)) < 20  # of 40 requests; HAProxy looks after the service's health meanwhile
 
 
 IDS = ["a/b", "/a//b/", "a%2Fb", "100%", "a b+c", "a/../b/./c", "příliš/žluťoučký", "日本💩", "a?b=c#d;e&f", "back\\slash\"'"]
