@@ -752,13 +752,14 @@ class Service:
         """
         names = ("pid", "application_name", "state", "transaction_seconds")
         patience = self.settings.lock_timeout
-        unseen = 0  # attempts in which nobody was seen in the way, as where a pooler had no session left for the look
+        attempts = 3 if self.database.admin.name in self.database.pooled else 1  # it may have had no session left for the look
         blockers: dict[int, dict[str, Any]] = {}
         since: dict[int, float] = {}  # when each was first seen in the way
-        ended, not_ended = 0, list[Any]()
+        told_to_end, sessions_ended, not_ended = set[int](), 0, list[Any]()
         with ThreadPoolExecutor(1) as executor:
             while True:
-                ended_before = ended
+                attempts -= 1
+                ended_before = sessions_ended
                 stop = executor.submit(self.database.call, self.database.admin, STOP_JOB, (job_id, reason))
                 while not wait_for([stop], timeout=0.05).done:
                     try:
@@ -771,12 +772,13 @@ class Service:
                         overdue = all(
                             now - since[pid] >= patience / 8 and (seconds is None or seconds >= patience) for pid, _, _, seconds in rows
                         )
-                        if force and rows and overdue and not not_ended:
-                            overdue_ones = (job_id, [row[0] for row in rows], patience, job_id)
-                            for (text,) in self.database.call(self.database.watch, END_BLOCKERS, overdue_ones):
+                        new = since.keys() - told_to_end  # one may take its time to end
+                        if force and overdue and new and not not_ended:
+                            for (text,) in self.database.call(self.database.watch, END_BLOCKERS, (job_id, list(since), patience, job_id)):
                                 result = json.loads(text)
-                                ended += result["sessions_ended"]
+                                sessions_ended += min(result["sessions_ended"], len(new))
                                 not_ended = result["not_ended"]
+                                told_to_end |= new
                     except psycopg.Error as error:  # then it is not known who they are
                         log_event("error", job_id=job_id, error=str(error))
                         time.sleep(0.5)
@@ -784,12 +786,11 @@ class Service:
                     answer: str = stop.result()[0][0]
                     break
                 except errors.LockNotAvailable:
-                    unseen += not blockers
-                    if ended == ended_before and (blockers or unseen == 3):
+                    if sessions_ended == ended_before and (blockers or attempts <= 0):
                         details = {"job_id": job_id, "blocked_by": [blockers[pid] for pid in sorted(blockers)]}
                         raise unavailable("job is locked", **details, **({"not_ended": not_ended} if not_ended else {})) from None
-        if ended:
-            answer = f'{answer[:-1]}, "sessions_ended": {ended}}}'
+        if sessions_ended:
+            answer = f'{answer[:-1]}, "sessions_ended": {sessions_ended}}}'
         return answer
 
     def timeout_stuck_jobs(self, request: Request) -> Response:

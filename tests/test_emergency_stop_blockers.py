@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import psutil
 import psycopg
 import pytest
 from conftest import Client, count_active, in_thread, is_waiting, wait_until
@@ -248,6 +249,18 @@ def test_force_ends_nobody_once_another_is_in_the_way_or_has_the_session(db, con
         assert len(end(pid, seconds=0.001)) == 1
     assert not is_alive(holder)
     assert count_active(db, job_id) == 0
+
+
+def test_a_session_that_takes_its_time_to_end_is_counted_once(make_app, make_job, hold):
+    job_id = make_job(running=2)
+    client = Client(make_app(lock_timeout="1s"))
+    backend = psutil.Process(hold(HOLDS["a locked job"], job_id).info.backend_pid)
+
+    with in_thread(client.stop, job_id, b'{"force": true}') as stop:
+        backend.suspend()
+        time.sleep(1.5)  # in the middle of the second attempt
+        backend.resume()
+    assert (stop.result.status, stop.result.json["sessions_ended"]) == (200, 1)
 
 
 def test_force_where_nobody_is_in_the_way_changes_nothing(client, make_job):
