@@ -671,6 +671,7 @@ class Service:
         self.lock = threading.Lock()
         self.turns: dict[str, Turn] = {}  # by job, while there are calls for it
         self.pooled_look = threading.Semaphore(1)
+        self.batch = threading.Lock()  # one at a time: the other connections are for stops
 
     def stop_job(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
@@ -806,7 +807,12 @@ class Service:
     def admitted_batch(self, request: Request, batch: str, name: str, default: int, high: int) -> Response:
         number = checked_number(name, request.read_query(name).get(name, str(default)), 1, high)
         request.read_body()  # no key of it is read, but a body that is none is refused as everywhere
-        answer = self.database.call(self.database.admin, batch, (number,))[0][0]
+        if not self.batch.acquire(timeout=POOL_TIMEOUT):
+            raise unavailable("another batch is at work")
+        try:
+            answer = self.database.call(self.database.admin, batch, (number,))[0][0]
+        finally:
+            self.batch.release()
         summary = json.loads(answer)
         if "timed_out_jobs" in summary:
             request.jobs = summary["timed_out_count"]

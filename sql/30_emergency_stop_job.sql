@@ -39,6 +39,7 @@ DECLARE
     v_stopped      bigint;
     v_now          timestamptz;
     v_stopped_at   text;
+    v_notice       text;
 BEGIN
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
         RAISE invalid_transaction_state
@@ -159,8 +160,10 @@ BEGIN
 
     INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
     VALUES (emergency_stop_job.id, COALESCE(v_status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
-    PERFORM pg_notify('emergency_stop', json_build_object('job_id', emergency_stop_job.id, 'stopped_at', v_stopped_at,
-                                                          'executions_stopped', v_stopped)::text);
+    v_notice := json_build_object('job_id', emergency_stop_job.id, 'stopped_at', v_stopped_at, 'executions_stopped', v_stopped)::text;
+    IF octet_length(v_notice) < 8000 THEN  -- else NOTIFY refuses it
+        PERFORM pg_notify('emergency_stop', v_notice);
+    END IF;
 
     IF v_terminal THEN
         RETURN json_strip_nulls(json_build_object(

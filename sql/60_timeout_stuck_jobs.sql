@@ -1,14 +1,15 @@
 -- timeout_stuck_jobs(threshold, max_jobs): fails the jobs that have come to a standstill, those at it longest first.
 -- A job is stuck when it has not ended and neither it nor any of its executions was added, started, completed or
 -- updated for the threshold. It becomes failed with its active executions; it gets no emergency_stop mark.
+-- Of a job, or an active execution, without any time nobody knows that: it is not stuck.
 -- Returns  {"ok": true, "message": "Stuck jobs timeout completed", "timed_out_count": 1, "timeout_threshold_minutes": 15,
 --           "timed_out_jobs": [{"job_id": "a", "previous_status": "processing", "executions_stopped": 3}], "more": false}
---          "more" tells that some are left: beyond max_jobs (0 to 1,000), or locked
+--          "more" tells that some are left: beyond max_jobs (0 to 1,000), after 5 seconds, or locked
 -- Raises   invalid_parameter_value (22023)    threshold is not between 0 and 525,600 minutes, max_jobs not between 0 and 1,000
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          lock_not_available (55P03)         a whole table was locked for longer than lock_timeout
 -- Locks    for each job its barrier, alone, then its active executions, then its row, FOR NO KEY UPDATE, until the
---          transaction ends. A job that others hold for longer than 10 ms (100 ms while none is locked) is left for the
+--          transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left for the
 --          next call.
 
 DO $$
@@ -19,7 +20,7 @@ BEGIN
 END;
 $$;
 
--- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that.
+-- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have been.
 -- Returns  true or false
 -- Raises   nothing of its own
 -- Locks    nothing
@@ -28,21 +29,24 @@ RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    -- The latest first: of a job with a long history that goes on, few are looked at.
+    -- The latest first: of a job with a long history that goes on, few are looked at. Written so that only the index on
+    -- (job_id, id) gives the order: after a runaway the statistics make the one on id look better, and all is read.
     PERFORM FROM executions e
-    WHERE e.job_id = job_has_progressed.id AND greatest(e.created_at, e.started_at, e.completed_at) > since
-    ORDER BY e.id DESC
+    WHERE e.job_id >= job_has_progressed.id AND e.job_id <= job_has_progressed.id
+      AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > since, e.status IN ('pending', 'running', 'processing'))
+    ORDER BY e.job_id DESC, e.id DESC
     LIMIT 1;
     RETURN FOUND;
 END;
 $$;
 REVOKE ALL ON FUNCTION job_has_progressed(text, timestamptz) FROM PUBLIC;
 COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS
-    'Whether an execution of this job was added, started or completed since. Locks nothing.';
+    'Whether an execution of this job was added, started or completed since, or may have been. Locks nothing.';
 
 CREATE OR REPLACE FUNCTION timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
+SET timezone FROM CURRENT  -- for columns of type timestamp
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
@@ -51,7 +55,7 @@ DECLARE
         SELECT j.id
         FROM jobs j
         WHERE (j.status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE
-          AND COALESCE(j.updated_at, '-infinity') <= before AND (j.created_at > before) IS NOT TRUE
+          AND COALESCE(j.updated_at, '-infinity') <= before AND greatest(j.created_at, j.updated_at) <= before
         ORDER BY COALESCE(j.updated_at, '-infinity'), j.id;
     v_before       timestamptz;
     v_status       text;
@@ -65,7 +69,7 @@ BEGIN
                   DETAIL = 'Its snapshot would not show executions that others have added since.',
                   HINT = 'Call it in a READ COMMITTED transaction.';
     END IF;
-    IF (threshold > '0' AND threshold <= '525600 minutes') IS NOT TRUE THEN
+    IF (threshold > '0' AND extract(epoch FROM threshold) <= 525600 * 60) IS NOT TRUE THEN
         RAISE invalid_parameter_value
             USING MESSAGE = format('threshold is %s: expected more than 0, at most 525600 minutes', COALESCE(threshold::text, 'null'));
     END IF;
@@ -78,7 +82,7 @@ BEGIN
     PERFORM pg_advisory_xact_lock_shared(hashtext('beacon-stop batch'));  -- by which emergency_stop_blockers knows a batch
     FOR v_job IN v_candidates(v_before) LOOP
         CONTINUE WHEN job_has_progressed(v_job.id, v_before);
-        IF cardinality(v_jobs) >= max_jobs THEN
+        IF cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + '5s'::interval THEN
             v_more := true;
             EXIT;
         END IF;
@@ -86,10 +90,19 @@ BEGIN
             -- While nothing is locked yet, we can afford to queue for a moment, so that a flood of short transactions, of
             -- which one or another always holds the job, does not keep it from being timed out for ever.
             PERFORM set_config('lock_timeout', CASE WHEN cardinality(v_jobs) = 0 AND clock_timestamp() < v_now + '1s'::interval
-                                                    THEN '100ms' ELSE '10ms' END, true);
+                                                    THEN '100ms' ELSE '1ms' END, true);
             PERFORM pg_advisory_xact_lock(hashtextextended(v_job.id, 'jobs'::regclass::oid::bigint));
-            IF job_has_progressed(v_job.id, v_before) THEN
-                RAISE no_data_found;
+            PERFORM FROM executions e
+            WHERE e.job_id = v_job.id AND e.status IN ('pending', 'running', 'processing')
+            FOR NO KEY UPDATE;
+            SELECT j.status INTO v_status
+            FROM jobs j
+            WHERE j.id = v_job.id
+              AND (j.status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE AND greatest(j.created_at, j.updated_at) <= v_before
+            FOR NO KEY UPDATE;
+            -- Now that nobody else can change any of it:
+            IF NOT FOUND OR job_has_progressed(v_job.id, v_before) THEN
+                RAISE SQLSTATE 'BS001';
             END IF;
             UPDATE executions e
             SET status = 'failed',
@@ -100,12 +113,6 @@ BEGIN
                          END || '{"error": "Job timed out"}'
             WHERE e.job_id = v_job.id AND e.status IN ('pending', 'running', 'processing');
             GET DIAGNOSTICS v_stopped = ROW_COUNT;
-
-            SELECT j.status INTO STRICT v_status
-            FROM jobs j
-            WHERE j.id = v_job.id
-              AND (j.status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE AND (j.updated_at > v_before) IS NOT TRUE
-            FOR NO KEY UPDATE;
             UPDATE jobs j
             SET status = 'failed',
                 updated_at = v_now,
@@ -119,7 +126,7 @@ BEGIN
             WHEN lock_not_available OR deadlock_detected THEN  -- somebody is at work on it
                 v_more := true;
                 CONTINUE;
-            WHEN no_data_found THEN  -- it has got on, ended or gone: whatever was locked is let go of
+            WHEN SQLSTATE 'BS001' THEN  -- it has got on, ended or gone: whatever was locked is let go of
                 CONTINUE;
         END;
         v_jobs := v_jobs || json_build_object('job_id', v_job.id, 'previous_status', COALESCE(v_status, 'unknown'),

@@ -8,7 +8,7 @@
 -- Raises   invalid_parameter_value (22023)    max_age is not between 0 and 8,760 hours, max_jobs not between 0 and 1,000
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          lock_not_available (55P03)         a whole table was locked for longer than lock_timeout
--- Locks    for each job its barrier, alone, then its row, FOR NO KEY UPDATE, until the transaction ends. It waits for
+-- Locks    for each job its row, FOR NO KEY UPDATE, and its barrier, alone, until the transaction ends. It waits for
 --          neither: a job that others hold is left for the next call.
 
 DO $$
@@ -31,9 +31,7 @@ BEGIN
     -- By the record, since a worker may write metadata of its own; and by the metadata, since the record may be purged.
     RETURN least(3, greatest(0,
         CASE WHEN jsonb_typeof(j.metadata -> 'republish_count') = 'number' THEN (j.metadata ->> 'republish_count')::numeric END,
-        (SELECT max(b.attempt) FROM batch_changes b
-         WHERE b.job_id = j.id AND b.operation = 'repair_stuck_jobs'
-           AND (b.changed_at < j.created_at) IS NOT TRUE)))::int  -- not those of a deleted job of the same id
+        (SELECT max(b.attempt) FROM batch_changes b WHERE b.job_id = j.id AND b.operation = 'repair_stuck_jobs')))::int
     FROM jobs j
     WHERE j.id = republications.id;
 END;
@@ -44,15 +42,18 @@ COMMENT ON FUNCTION republications(text) IS 'How often repair_stuck_jobs has rep
 CREATE OR REPLACE FUNCTION repair_stuck_jobs(max_age interval DEFAULT '24 hours', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
+SET timezone FROM CURRENT  -- for columns of type timestamp
 AS $$
 DECLARE
     v_now         CONSTANT timestamptz := clock_timestamp();
     v_republished CONSTANT text := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
-    v_job         record;
+    v_ids         text[];
+    v_id          text;
+    v_notice      text;
     v_attempt     int;
     v_jobs        json[] := '{}'::json[];
-    v_stopped     int := 0;
-    v_exhausted   int := 0;
+    v_stopped     bigint;
+    v_exhausted   bigint;
     v_more        boolean := false;
 BEGIN
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
@@ -61,7 +62,7 @@ BEGIN
                   DETAIL = 'Its snapshot would not show what others have done to the jobs since.',
                   HINT = 'Call it in a READ COMMITTED transaction.';
     END IF;
-    IF (max_age > '0' AND max_age <= '8760 hours') IS NOT TRUE THEN
+    IF (max_age > '0' AND extract(epoch FROM max_age) <= 8760 * 3600) IS NOT TRUE THEN
         RAISE invalid_parameter_value
             USING MESSAGE = format('max_age is %s: expected more than 0, at most 8760 hours', COALESCE(max_age::text, 'null'));
     END IF;
@@ -71,35 +72,28 @@ BEGIN
     END IF;
 
     PERFORM pg_advisory_xact_lock_shared(hashtext('beacon-stop batch'));  -- by which emergency_stop_blockers knows a batch
-    FOR v_job IN
-        SELECT j.id, COALESCE(j.metadata @> '{"emergency_stop": true}', false) AS emergency_stopped
-        FROM jobs j
-        WHERE j.status = 'failed' AND j.updated_at >= v_now - max_age
-        ORDER BY j.updated_at, j.id
-    LOOP
-        IF v_job.emergency_stopped THEN
-            v_stopped := v_stopped + 1;
-            CONTINUE;
-        ELSIF republications(v_job.id) >= 3 THEN
-            v_exhausted := v_exhausted + 1;
-            CONTINUE;
-        ELSIF cardinality(v_jobs) >= max_jobs THEN
+    -- All of them are counted before the first one is locked: with many that takes its time.
+    SELECT count(*) FILTER (WHERE f.emergency_stopped), count(*) FILTER (WHERE f.attempts >= 3),
+           array_agg(f.id ORDER BY f.updated_at, f.id) FILTER (WHERE f.attempts < 3)
+    INTO v_stopped, v_exhausted, v_ids
+    FROM (SELECT j.id, j.updated_at, s.emergency_stopped, CASE WHEN NOT s.emergency_stopped THEN republications(j.id) END AS attempts
+          FROM jobs j
+          CROSS JOIN LATERAL (SELECT COALESCE(j.metadata @> '{"emergency_stop": true}', false) AS emergency_stopped) s
+          WHERE j.status = 'failed' AND j.updated_at >= v_now - max_age) f;
+    FOREACH v_id IN ARRAY COALESCE(v_ids, '{}') LOOP
+        IF cardinality(v_jobs) >= max_jobs THEN
             v_more := true;
-            CONTINUE;
-        END IF;
-        -- Alone at the barrier, so that an emergency stop which comes now does not take the job for ended.
-        IF NOT pg_try_advisory_xact_lock(hashtextextended(v_job.id, 'jobs'::regclass::oid::bigint)) THEN
-            v_more := true;
-            CONTINUE;
+            EXIT;
         END IF;
         PERFORM FROM jobs j
-        WHERE j.id = v_job.id AND j.status = 'failed' AND (j.metadata @> '{"emergency_stop": true}') IS NOT TRUE
+        WHERE j.id = v_id AND j.status = 'failed' AND (j.metadata @> '{"emergency_stop": true}') IS NOT TRUE
         FOR NO KEY UPDATE SKIP LOCKED;
-        IF NOT FOUND THEN  -- locked, or changed since the query above began
-            v_more := v_more OR EXISTS (SELECT FROM jobs j WHERE j.id = v_job.id AND j.status = 'failed');
+        -- Alone at the barrier, so that an emergency stop which comes now does not take the job for ended.
+        IF NOT FOUND OR NOT pg_try_advisory_xact_lock(hashtextextended(v_id, 'jobs'::regclass::oid::bigint)) THEN
+            v_more := v_more OR EXISTS (SELECT FROM jobs j WHERE j.id = v_id AND j.status = 'failed');
             CONTINUE;
         END IF;
-        v_attempt := republications(v_job.id) + 1;  -- now that nobody else adds one
+        v_attempt := republications(v_id) + 1;  -- now that nobody else adds one
         CONTINUE WHEN v_attempt > 3;
         UPDATE jobs j
         SET status = 'pending',
@@ -108,10 +102,12 @@ BEGIN
                             WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
                             ELSE '{}'
                        END || jsonb_build_object('republish_count', v_attempt, 'republished_at', v_republished)
-        WHERE j.id = v_job.id;
-        PERFORM pg_notify('job_republished', json_build_object('job_id', v_job.id, 'republished_at', v_republished,
-                                                               'attempt', v_attempt)::text);
-        v_jobs := v_jobs || json_build_object('job_id', v_job.id, 'previous_status', 'failed', 'attempt', v_attempt);
+        WHERE j.id = v_id;
+        v_notice := json_build_object('job_id', v_id, 'republished_at', v_republished, 'attempt', v_attempt)::text;
+        IF octet_length(v_notice) < 8000 THEN  -- else NOTIFY refuses it
+            PERFORM pg_notify('job_republished', v_notice);
+        END IF;
+        v_jobs := v_jobs || json_build_object('job_id', v_id, 'previous_status', 'failed', 'attempt', v_attempt);
     END LOOP;
 
     IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') IN ('off', 'local') THEN  -- acknowledged means flushed

@@ -110,17 +110,6 @@ def test_a_count_in_the_metadata_counts(db, make_job, repair, count, attempts):
     assert answer["skipped"]["attempts_exhausted"] == 1 - len(attempts)
 
 
-def test_a_new_job_of_an_old_id_starts_at_the_first_attempt(db, make_job, repair):
-    job_id = make_job(status="failed")
-    for _ in range(3):
-        repair()
-        db.execute("UPDATE jobs SET status = 'failed'")
-    db.execute("DELETE FROM jobs")
-    make_job(job_id, status="failed")
-
-    assert [job["attempt"] for job in repair()["republished_jobs"]] == [1]
-
-
 def test_a_listener_hears_of_each(connect, make_job, repair):
     listener = connect()
     listener.execute("LISTEN job_republished")
@@ -130,6 +119,14 @@ def test_a_listener_hears_of_each(connect, make_job, repair):
     heard = [json.loads(notification.payload) for notification in listener.notifies(timeout=5, stop_after=3)]
     assert sorted(payload["job_id"] for payload in heard) == jobs
     assert [list(payload) for payload in heard] == [["job_id", "republished_at", "attempt"]] * 3
+
+
+def test_an_id_too_long_for_a_notification_keeps_nothing_from_being_done(db, service, make_job, repair):
+    db.execute("ALTER TABLE jobs DROP CONSTRAINT jobs_id_check")
+    failed, runaway = make_job("f" * 8_000, status="failed"), make_job("r" * 8_000, running=1)
+
+    assert ids(repair()) == [failed]
+    assert service.execute("SELECT emergency_stop_job(%s)", (runaway,)).fetchone()[0]["executions_stopped"] == 1
 
 
 LOCKS = {
@@ -152,6 +149,17 @@ def test_a_job_that_someone_else_has_locked_is_left_for_the_next_call(connect, d
     other.rollback()
     answer = repair()
     assert (ids(answer), answer["more"]) == ([first], False)
+
+
+def test_jobs_that_are_not_to_be_had_cost_no_lock(connect, db, make_job):
+    db.execute("INSERT INTO jobs (id, status) SELECT 'locked-' || n, 'failed' FROM generate_series(1, 50) n")
+    free = make_job(status="failed")
+    connect(autocommit=False).execute("UPDATE jobs SET metadata = '{}' WHERE id LIKE 'locked-%'")
+    batch = connect(autocommit=False)
+
+    assert ids(batch.execute("SELECT repair_stuck_jobs()").fetchone()[0]) == [free]
+    locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = %s AND mode = 'ExclusiveLock'"
+    assert db.execute(locks, (batch.info.backend_pid,)).fetchone() == (1,)
 
 
 def test_a_stop_that_comes_while_a_job_is_republished_stops_it(connect, db, make_job):
