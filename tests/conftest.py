@@ -1,6 +1,7 @@
 """What several test modules share: a real server, a database for each test, the service's role, the application.
 
-The server is the embedded PostgreSQL, or the one that BEACON_TEST_DATABASE_URL (of a superuser) names.
+The server is the embedded PostgreSQL; with BEACON_TEST_POSTGRES one of the installation whose bin/ that names; or the
+running one that BEACON_TEST_DATABASE_URL (of a superuser) names.
 """
 
 import http.client
@@ -27,6 +28,7 @@ from wsgiref.validate import validator
 
 import psycopg
 import pytest
+from processes import Cluster
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pytest_postgresql import factories
 
@@ -60,6 +62,11 @@ def folder() -> Iterator[Path]:
 def server_url() -> Iterator[str]:
     if url := os.environ.get("BEACON_TEST_DATABASE_URL"):
         yield url
+    elif bindir := os.environ.get("BEACON_TEST_POSTGRES"):
+        with new_folder() as folder:
+            cluster = Cluster(Path(folder), Path(bindir)).create(fsync="off", max_connections=200).start()
+            yield cluster.url
+            cluster.stop()
     else:
         with new_folder() as folder, beacon_stop.embedded_postgres(Path(folder)) as url:
             with psycopg.connect(url, autocommit=True) as db:  # nothing in it has to last; what tests durability has its own

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: real servers in processes of their own, on free ports, ended by their ids."""
+"""Real servers for tests: processes of their own, on free ports, ended by their ids."""
 
 import os
 import pwd

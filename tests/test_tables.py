@@ -132,6 +132,7 @@ def test_existing_tables_keep_their_columns_and_rows(bare_database, server_url):
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             db.execute("INSERT INTO executions (job_id, status) VALUES ('job-1', 'pending')")
         db.execute("UPDATE jobs SET created_at = now() - interval '1 hour'")
+        db.execute("UPDATE executions SET created_at = now() - interval '1 hour'")
         assert db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 2
         assert db.execute("SELECT repair_stuck_jobs()").fetchone()[0]["republished_count"] == 2
 

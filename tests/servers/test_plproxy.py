@@ -53,8 +53,7 @@ class Shards:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with new_folder() as folder:
-        Path(folder).chmod(0o755)
-        cluster = Cluster(Path(folder) / "shards").create(fsync="off", max_connections=200).start()
+        cluster = Cluster(Path(folder)).create(fsync="off", max_connections=200).start()
         yield cluster
         cluster.stop()
 
