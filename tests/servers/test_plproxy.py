@@ -246,17 +246,26 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     create_service_role(conninfo=url, autocommit=True)
     new = psycopg.connect(url, autocommit=True)
 
-    with psycopg.connect(make_conninfo(shards.url, dbname="shard1")) as worker:  # the move has to wait for it, and others for the move
-        worker.execute("UPDATE jobs SET metadata = '{}' WHERE id = %s", (running,))
-        move = subprocess.Popen(
+    def start_moving(front: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             ["bash", "-ec", readme_block("bash", "LOCK TABLE jobs, executions IN EXCLUSIVE MODE")],
             env={
                 "PATH": os.environ["PATH"], "OLD_SHARD": make_conninfo(shards.url, dbname="shard1"), "NEW_SHARD": url,
-                "FRONT": make_conninfo(shards.url, dbname="front"),
+                "FRONT": make_conninfo(shards.url, dbname=front),
                 "NEW_SHARD_OPTIONS": f"host=127.0.0.1 port={cluster.port} dbname=shard2",
             },
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+
+    move = start_moving(front="nowhere")
+    output, _ = move.communicate(timeout=30)
+    assert move.returncode != 0, output
+    assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (len(moved),)
+    new.execute("DELETE FROM executions; DELETE FROM jobs")
+
+    with psycopg.connect(make_conninfo(shards.url, dbname="shard1")) as worker:  # the move has to wait for it, and others for the move
+        worker.execute("UPDATE jobs SET metadata = '{}' WHERE id = %s", (running,))
+        move = start_moving(front="front")
         wait_until(lambda: worker.execute("SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'").fetchone()[0])
         assert service.stop(running).status == 503
     output, _ = move.communicate(timeout=30)

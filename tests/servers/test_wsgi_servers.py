@@ -84,6 +84,17 @@ KINDS = {
     "beacon-stop serve": Kind("beacon-stop serve --port {port}", watched=False, takes_chunks=False),
 }  # fmt: skip
 
+
+def test_the_readme_says_how_each_server_is_started_here():
+    table = (ROOT / "README.md").read_text().split("| server | version | command |")[1].split("\n\n")[0]
+    shown = [shlex.split(command) for command in re.findall(r"`([^`]*beacon_stop:[^`]*|beacon-stop serve)`", table)]
+    started = [set(shlex.split(kind.command.format(port=8080, folder="", venv=""))) | {"SCRIPT_NAME=/prefix"} for kind in KINDS.values()]
+
+    assert len(shown) >= len(KINDS) - 3  # Apache's has no command, and two others only options
+    for command in shown:
+        assert any(set(command) <= options for options in started), command
+
+
 VALIDATED = "from wsgiref.validate import validator; import beacon_stop; application = validator(beacon_stop.application)"
 
 GUNICORN_CONF = "from gevent import monkey; monkey.patch_all()"  # else it would come after what is preloaded
