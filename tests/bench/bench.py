@@ -47,7 +47,7 @@ TOKEN = "a-token-that-only-operators-have"
 CLIENTS = 16
 ACTIVE, COMPLETED = 42, 10  # executions of a job
 FIRST_JOB = 1_759_185_000_000  # ids are numbers, because pgbench knows no other values
-ROUNDS = 1
+ROUNDS = 5
 STOP_SECONDS, WARM_UP = 3, 0.5  # of a run; what is not counted of it
 NOOP_SECONDS, NOOP_JOBS = 1, 1_000
 
@@ -227,23 +227,46 @@ class Contender:
     noops: list[float] = field(default_factory=list)
 
 
-SERVICE = {f"BEACON_{name}_RATE": "1000000/second" for name in ("ADMIN", "FAILED", "READ")}
 BIN = Path(sys.executable).parent
 TOOLS = ROOT / ".venv" / "bench"
 
 
+def granian(workers: int, threads: int) -> list[str]:
+    return ["granian", "beacon_stop:application", "--interface", "wsgi", "--workers", str(workers), "--blocking-threads", str(threads),
+            "--no-ws", "--port", "{port}"]  # fmt: skip
+
+
+def service(name: str, threads: int, command: list[str]) -> Contender:
+    """Ours, with a database connection for each thread, and limits that are out of the way."""
+    rates = {f"BEACON_{kind}_RATE": "1000000/second" for kind in ("ADMIN", "FAILED", "READ")}
+    return Contender(name, command, {**rates, "BEACON_ADMIN_POOL": str(threads)}, "beacon_service")
+
+
 def contenders() -> list[Contender]:
-    granian = ["granian", "--interface", "wsgi", "--workers", "2", "--blocking-threads", "4", "--no-ws", "--port", "{port}"]
     return [
         Contender("pgbench"),
-        Contender("granian", [*granian, "beacon_stop:application"], {**SERVICE, "BEACON_ADMIN_POOL": "4"}, "beacon_service"),
-        Contender("stdlib", ["beacon-stop", "serve", "--port", "{port}"], {**SERVICE, "BEACON_ADMIN_POOL": "8"}, "beacon_service"),
+        service("granian", 4, granian(2, 4)),
+        service("stdlib", 8, ["beacon-stop", "serve", "--port", "{port}"]),
         Contender("fastapi", ["uvicorn", "fastapi_peer:app", "--workers", "2", "--loop", "uvloop", "--http", "httptools",
                               "--no-access-log", "--log-level", "warning", "--port", "{port}"]),
-        Contender("node", ["node", str(TOOLS / "node" / "server.js")], {"NODE_ENV": "production"}),
+        Contender("node", ["node", str(TOOLS / "node" / "server.js")], {"NODE_ENV": "production", "WORKERS": "2"}),
         Contender("go", [str(TOOLS / "go-peer")]),
         Contender("flask", ["gunicorn", "flask_peer:app", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
                             "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]),
+    ]  # fmt: skip
+
+
+def alternatives() -> list[Contender]:
+    node = ["node", str(TOOLS / "node" / "server.js")]
+    return [
+        *(service(f"granian {workers}x{each}", each, granian(workers, each)) for workers, each in ((1, 8), (2, 2), (2, 4), (2, 8))),
+        service("cheroot 8", 8, ["cheroot", "beacon_stop:application", "--bind", "127.0.0.1:{port}", "--threads", "8"]),
+        service("gunicorn 2x8", 8, ["gunicorn", "beacon_stop:application", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
+                                    "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]),
+        service("stdlib 4", 4, ["beacon-stop", "serve", "--port", "{port}"]),
+        service("stdlib 16", 16, ["beacon-stop", "serve", "--port", "{port}"]),
+        Contender("node 1", node, {"NODE_ENV": "production", "WORKERS": "1"}),
+        Contender("node 2", node, {"NODE_ENV": "production", "WORKERS": "2"}),
     ]  # fmt: skip
 
 
@@ -299,7 +322,8 @@ def check_answers(db: psycopg.Connection[Any], contender: Contender) -> None:
     done = {"ok": True, "message": "Job already in terminal state", "job_id": id, "status": "failed", "action": "none"}
     want = [(403, {"error": "forbidden"}), (200, stopped), (200, done), (404, {"error": "job not found", "job_id": str(FIRST_JOB + 1)})]
     left = db.execute(
-        "SELECT status, metadata, (SELECT array_agg(DISTINCT output) FROM executions WHERE status = 'failed' AND completed_at = j.updated_at),"
+        "SELECT status, metadata,"
+        " (SELECT array_agg(DISTINCT output) FROM executions WHERE status = 'failed' AND completed_at = j.updated_at),"
         " (SELECT count(*) FROM executions WHERE status = 'failed'), (SELECT count(*) FROM emergency_stops) FROM jobs j"
     ).fetchone()
     mark = {"stopped_at": stopped_at, "stopped_by": "admin", "emergency_stop": True}
@@ -357,28 +381,8 @@ class Bench:
         self.pgbench = Pgbench(databases, folder)
 
     def race(self) -> dict[str, Figure]:
-        """All contenders, in random order in each round, on fresh jobs; then, on the jobs that it has stopped, its no-ops."""
-        db = self.databases.create("race")
-        runners = contenders()
-        expected = {runner.name: 4_500 for runner in runners}  # stops a second, at most; later by what it did before
-        with ExitStack() as stack:
-            for runner in runners:
-                if runner.command:
-                    stack.enter_context(serving(runner, self.databases, "race", self.folder))
-                    check_answers(db, runner)
-            for number in range(1, ROUNDS + 1):
-                for runner in random.sample(runners, len(runners)):
-                    rate = None
-                    while rate is None:
-                        rate = self.run_stops(db, runner, int(expected[runner.name] * STOP_SECONDS))
-                        expected[runner.name] *= 2
-                    runner.stops.append(rate)
-                    runner.noops.append(self.run_noops(db, runner))
-                    expected[runner.name] = max(500, 1.5 * max(runner.stops))
-                    say(f"round {number} of {ROUNDS}: {runner.name:8} {runner.stops[-1]:6,.0f} stops/s {runner.noops[-1]:7,.0f} no-ops/s")
-        self.databases.drop("race")
-
-        by_name = {runner.name: runner for runner in runners}
+        """The HTTP rows."""
+        by_name = {runner.name: runner for runner in self.run_rounds(contenders())}
 
         def figure(ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops) -> Figure:
             one, other = rates(by_name[ours]), rates(by_name[theirs])
@@ -390,6 +394,38 @@ class Bench:
             "no-ops": figure("granian", "fastapi", lambda runner: runner.noops),
             **{name: figure("granian", name) for name in ("fastapi", "node", "flask", "go")},
         }
+
+    def choices(self) -> dict[str, Figure]:
+        """What the contenders of the race were chosen from; no row of the table, only progress."""
+        for runner in self.run_rounds(alternatives()):
+            say(f"{runner.name:16} {median(runner.stops):6,.0f} stops/s {median(runner.noops):7,.0f} no-ops/s")
+        return {}
+
+    def run_rounds(self, runners: list[Contender]) -> list[Contender]:
+        """All in random order in each round, on fresh jobs; then, on the jobs that it has stopped, each one's no-ops.
+
+        A round that is not counted comes first, for what compiles as it goes, as PostgreSQL's plans and V8 do.
+        """
+        db = self.databases.create("race")
+        expected = {runner.name: 3_500.0 for runner in runners}  # stops a second, at most; later by what it did before
+        with ExitStack() as stack:
+            for runner in runners:
+                if runner.command:
+                    stack.enter_context(serving(runner, self.databases, "race", self.folder))
+                    check_answers(db, runner)
+            for number in range(ROUNDS + 1):
+                for runner in random.sample(runners, len(runners)):
+                    while not (stops := self.run_stops(db, runner, int(expected[runner.name] * STOP_SECONDS))):
+                        expected[runner.name] *= 2
+                    noops = self.run_noops(db, runner)
+                    expected[runner.name] = max(500, 1.5 * stops)
+                    if number:
+                        runner.stops.append(stops)
+                        runner.noops.append(noops)
+                    counted = f"round {number} of {ROUNDS}" if number else "warming up  "
+                    say(f"{counted}: {runner.name:16} {stops:6,.0f} stops/s {noops:7,.0f} no-ops/s")
+        self.databases.drop("race")
+        return runners
 
     def run_stops(self, db: psycopg.Connection[Any], runner: Contender, jobs: int) -> float | None:
         """Stops a second, once it is certain that they were made; None if there were too few jobs for the time."""
@@ -525,9 +561,9 @@ class Bench:
         script = "BEGIN;\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n\\sleep 5 ms\nCOMMIT;\n"
         active = "SELECT count(*) FROM executions WHERE job_id = %s AND status IN ('pending', 'running', 'processing')"
         seconds = []
-        (granian,) = [contender for contender in contenders() if contender.name == "granian"]
-        with serving(granian, self.databases, "flood", self.folder):
-            connection = http.client.HTTPConnection("127.0.0.1", granian.port, timeout=60)
+        server = next(contender for contender in contenders() if contender.name == "granian")
+        with serving(server, self.databases, "flood", self.folder):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
             post(connection, 0)  # an unknown job: a service that has been in use has its database connections
             for job in range(FIRST_JOB, FIRST_JOB + 10):
                 process = self.pgbench.start("flood", script, 64, 30, job=job)
@@ -555,10 +591,10 @@ class Bench:
         """The highest resident size of `beacon-stop serve` while 1,000,000 executions are read from it, as the kernel recorded it."""
         say("loading 1,000,000 executions")
         load(self.databases.create("listing"), 1, active=0, completed=1_000_000)
-        (stdlib,) = [contender for contender in contenders() if contender.name == "stdlib"]
+        server = next(contender for contender in contenders() if contender.name == "stdlib")
 
         def get(path: str) -> int:
-            connection = http.client.HTTPConnection("127.0.0.1", stdlib.port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
             connection.request("GET", path)
             response = connection.getresponse()
             found, rest = 0, b""
@@ -568,7 +604,7 @@ class Bench:
             connection.close()
             return found
 
-        with serving(stdlib, self.databases, "listing", self.folder) as process:
+        with serving(server, self.databases, "listing", self.folder) as process:
             get("/health/ready")
             idle = process.memory_info().rss
             Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the highest size starts anew
@@ -628,7 +664,7 @@ def versions(db_version: str) -> str:
         return said("dpkg-query", "-W", "-f", "${Version}", package).split("-")[0]
 
     dependencies = json.loads((HERE / "peers" / "node" / "package.json").read_text())["dependencies"]
-    python = ("psycopg", "granian", "fastapi", "uvicorn", "asyncpg", "flask", "sqlalchemy", "gunicorn")
+    python = ("psycopg", "granian", "fastapi", "uvicorn", "asyncpg", "flask", "sqlalchemy", "psycopg2-binary", "gunicorn")
     return ", ".join([
         f"PostgreSQL {db_version}", f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in python),
         f"Node {said('node', '--version').removeprefix('v')}", *(f"{name} {number}" for name, number in dependencies.items()),
@@ -647,29 +683,28 @@ def print_table(figures: Mapping[str, Figure], db_version: str) -> None:
     for row in ROWS:
         if figure := figures.get(row.key):
             unit = f" {row.unit}" if row.unit else ""
+            measured, bound = f"{figure.value:.2f}{unit}", f"{row.sign} {row.bound:g}{unit}"
             met = "met" if row.is_met(figure.value) else "**missed**"
-            print(
-                f"| {row.what} | {row.against} | {figure.value:.2f}{unit} | {row.sign} {row.bound:g}{unit} | {met} | {figure.ours} | {figure.theirs} |"
-            )
-    print(
-        f"\n{date.today()}, {machine()}; {versions(db_version)}. {ACTIVE} active and {COMPLETED} completed executions a job, {CLIENTS} clients."
-    )
+            print(f"| {row.what} | {row.against} | {measured} | {bound} | {met} | {figure.ours} | {figure.theirs} |")
+    print(f"\n{date.today()}, {machine()}; {versions(db_version)}.")
+    print(f"{ACTIVE} active and {COMPLETED} completed executions a job, {CLIENTS} clients, {ROUNDS} rounds.")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench")
     measurements = ["race", "large", "crowd", "inserts", "flood", "memory", "told"]
-    parser.add_argument("measurements", nargs="*", metavar="MEASUREMENT", help=f"some of {', '.join(measurements)}; all if none is named")
+    listed = f"some of {', '.join(measurements)}, all if none is named; or choices"
+    parser.add_argument("measurements", nargs="*", metavar="MEASUREMENT", help=listed)
     parser.add_argument("--listen", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.listen:
         listen(options.listen)
         return 0
-    if unknown := set(options.measurements) - set(measurements):
+    if unknown := set(options.measurements) - {*measurements, "choices"}:
         parser.error(f"no such measurement: {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    chosen = [name for name in measurements if not options.measurements or name in options.measurements]
-    if "race" in chosen:
+    chosen = options.measurements or measurements
+    if {"race", "choices"} & set(chosen):
         build_peers()
     figures: dict[str, Figure] = {}
     with TemporaryDirectory(prefix="beacon-bench-", ignore_cleanup_errors=True) as folder:

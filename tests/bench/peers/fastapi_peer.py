@@ -15,6 +15,7 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+LOOK = "SELECT status FROM jobs WHERE id = $1"
 LOCK_JOB = "SELECT status FROM jobs WHERE id = $1 FOR UPDATE"
 STOP_EXECUTIONS = """
     UPDATE executions SET status = 'failed', completed_at = $2,
@@ -56,7 +57,8 @@ async def emergency_stop(
         status, answer = 403, {"error": "forbidden"}
     line = {
         "time": datetime.now(timezone.utc).isoformat(), "event": "emergency_stop", "client": request.client.host, "job_id": job_id,
-        "executions_stopped": answer.get("executions_stopped"), "duration_ms": round((time.monotonic() - started) * 1000, 3), "status": status,
+        "executions_stopped": answer.get("executions_stopped"), "status": status,
+        "duration_ms": round((time.monotonic() - started) * 1000, 3),
     }  # fmt: skip
     sys.stderr.write(json.dumps(line) + "\n")
     return JSONResponse(answer, status)
@@ -64,17 +66,16 @@ async def emergency_stop(
 
 async def stop(pool: asyncpg.Pool, job_id: str, reason: str | None) -> tuple[int, dict]:
     async with pool.acquire() as connection:
+        # A round trip more for a stop, two and a lock less for a job that has ended: less work in sum, as measured.
+        if ended := answer_to_ended(job_id, await connection.fetchval(LOOK, job_id)):
+            return ended
         transaction = connection.transaction()
         await transaction.start()
         try:
             previous = await connection.fetchval(LOCK_JOB, job_id)
-            if previous is None or previous in ("completed", "failed", "cancelled"):
+            if ended := answer_to_ended(job_id, previous):
                 await transaction.rollback()
-                if previous is None:
-                    return 404, {"error": "job not found", "job_id": job_id}
-                return 200, {
-                    "ok": True, "message": "Job already in terminal state", "job_id": job_id, "status": previous, "action": "none",
-                }  # fmt: skip
+                return ended
             now = datetime.now(timezone.utc)
             stopped_at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
             given = {"reason": reason} if reason else {}
@@ -92,3 +93,12 @@ async def stop(pool: asyncpg.Pool, job_id: str, reason: str | None) -> tuple[int
         "ok": True, "message": "Job emergency stopped", "job_id": job_id, "previous_status": previous, "new_status": "failed",
         "executions_stopped": count, "stopped_at": stopped_at, **given,
     }  # fmt: skip
+
+
+def answer_to_ended(job_id: str, status: str | None) -> tuple[int, dict] | None:
+    """What is answered where there is nothing to stop; None if there is."""
+    if status is None:
+        return 404, {"error": "job not found", "job_id": job_id}
+    if status in ("completed", "failed", "cancelled"):
+        return 200, {"ok": True, "message": "Job already in terminal state", "job_id": job_id, "status": status, "action": "none"}
+    return None
