@@ -15,7 +15,10 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-LOOK = "SELECT status FROM jobs WHERE id = $1"
+LOOK = """
+    SELECT status, EXISTS (SELECT FROM executions WHERE job_id = $1 AND status IN ('pending', 'running', 'processing')) AS active
+    FROM jobs WHERE id = $1
+"""
 LOCK_JOB = "SELECT status FROM jobs WHERE id = $1 FOR UPDATE"
 STOP_EXECUTIONS = """
     UPDATE executions SET status = 'failed', completed_at = $2,
@@ -26,6 +29,7 @@ STOP_JOB = "UPDATE jobs SET status = 'failed', updated_at = $2, metadata = COALE
 AUDIT = "INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at) VALUES ($1, $2, $3, $4, $5)"
 NOTIFY = "SELECT pg_notify('emergency_stop', $1)"
 
+TERMINAL = ("completed", "failed", "cancelled")
 TOKEN = os.environ["ADMIN_TOKEN"].encode()
 
 
@@ -65,23 +69,28 @@ async def emergency_stop(
 
 
 async def stop(pool: asyncpg.Pool, job_id: str, reason: str | None) -> tuple[int, dict]:
+    done = {"ok": True, "message": "Job already in terminal state", "job_id": job_id}
+    given = {"reason": reason} if reason else {}
     async with pool.acquire() as connection:
-        # A round trip more for a stop, two and a lock less for a job that has ended: less work in sum, as measured.
-        if ended := answer_to_ended(job_id, await connection.fetchval(LOOK, job_id)):
-            return ended
+        # A round trip more for a stop, several less for a job that has ended: as fast there and much faster here, as measured.
+        look = await connection.fetchrow(LOOK, job_id)
+        if not look:
+            return 404, {"error": "job not found", "job_id": job_id}
+        if look["status"] in TERMINAL and not look["active"]:
+            return 200, {**done, "status": look["status"], "action": "none"}
         transaction = connection.transaction()
         await transaction.start()
         try:
             previous = await connection.fetchval(LOCK_JOB, job_id)
-            if ended := answer_to_ended(job_id, previous):
-                await transaction.rollback()
-                return ended
             now = datetime.now(timezone.utc)
             stopped_at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
-            given = {"reason": reason} if reason else {}
             count = int((await connection.execute(STOP_EXECUTIONS, job_id, now)).removeprefix("UPDATE "))
-            mark = {"emergency_stop": True, "stopped_at": stopped_at, "stopped_by": "admin", **given}
-            await connection.execute(STOP_JOB, job_id, now, json.dumps(mark))
+            if previous in TERMINAL and not count:  # another stop was here meanwhile
+                await transaction.rollback()
+                return 200, {**done, "status": previous, "action": "none"}
+            if previous not in TERMINAL:
+                mark = {"emergency_stop": True, "stopped_at": stopped_at, "stopped_by": "admin", **given}
+                await connection.execute(STOP_JOB, job_id, now, json.dumps(mark))
             await connection.execute(AUDIT, job_id, previous, count, reason, now)
             payload = {"job_id": job_id, "stopped_at": stopped_at, "executions_stopped": count}
             await connection.execute(NOTIFY, json.dumps(payload))
@@ -89,16 +98,9 @@ async def stop(pool: asyncpg.Pool, job_id: str, reason: str | None) -> tuple[int
             await transaction.rollback()
             raise
         await transaction.commit()
+    summary = {"executions_stopped": count, "stopped_at": stopped_at, **given}
+    if previous in TERMINAL:
+        return 200, {**done, "status": previous, "action": "executions_stopped", **summary}
     return 200, {
-        "ok": True, "message": "Job emergency stopped", "job_id": job_id, "previous_status": previous, "new_status": "failed",
-        "executions_stopped": count, "stopped_at": stopped_at, **given,
+        "ok": True, "message": "Job emergency stopped", "job_id": job_id, "previous_status": previous, "new_status": "failed", **summary,
     }  # fmt: skip
-
-
-def answer_to_ended(job_id: str, status: str | None) -> tuple[int, dict] | None:
-    """What is answered where there is nothing to stop; None if there is."""
-    if status is None:
-        return 404, {"error": "job not found", "job_id": job_id}
-    if status in ("completed", "failed", "cancelled"):
-        return 200, {"ok": True, "message": "Job already in terminal state", "job_id": job_id, "status": status, "action": "none"}
-    return None
