@@ -249,7 +249,7 @@ def contenders() -> list[Contender]:
         service("stdlib", 8, ["beacon-stop", "serve", "--port", "{port}"]),
         Contender("fastapi", ["uvicorn", "fastapi_peer:app", "--workers", "2", "--loop", "uvloop", "--http", "httptools",
                               "--no-access-log", "--log-level", "warning", "--port", "{port}"]),
-        Contender("node", ["node", str(TOOLS / "node" / "server.js")], {"NODE_ENV": "production", "WORKERS": "2"}),
+        Contender("node", ["node", str(TOOLS / "node" / "server.js")], {"NODE_ENV": "production", "WORKERS": "1"}),
         Contender("go", [str(TOOLS / "go-peer")]),
         Contender("flask", ["gunicorn", "flask_peer:app", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
                             "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]),
@@ -719,7 +719,8 @@ def main() -> int:
                 db_version = db.execute("SHOW server_version").fetchone()[0].split()[0]
         finally:
             cluster.stop()
-    print_table(figures, db_version)
+    if figures:
+        print_table(figures, db_version)
     say("done")
     return 0
 

@@ -1,10 +1,10 @@
-// The emergency stop as a Node team would write it: fastify and pg in a cluster, named statements, pipelined in two round trips.
+// The emergency stop as a Node team would write it: fastify and pg, one process or a cluster, named statements, pipelined in two round trips.
 import cluster from 'node:cluster'
 import { timingSafeEqual } from 'node:crypto'
 import Fastify from 'fastify'
 import pg from 'pg'
 
-const WORKERS = Number(process.env.WORKERS || 2)
+const WORKERS = Number(process.env.WORKERS)
 const CLIENTS = 16
 
 const lockJob = { name: 'lock_job', text: 'SELECT status FROM jobs WHERE id = $1 FOR UPDATE' }
