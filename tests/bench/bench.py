@@ -40,7 +40,7 @@ import beacon_stop
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent / "servers"))
+sys.path.insert(0, str(HERE.parent))
 from processes import Cluster, accepts_connections, free_port, running  # noqa: E402
 
 TOKEN = "a-token-that-only-operators-have"
