@@ -42,7 +42,6 @@ import sys
 import threading
 import time
 import traceback
-import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -50,6 +49,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -110,6 +111,8 @@ MAX_AGE = 8_760  # hours: a year
 MAX_BODY = 16 * 1024  # bytes
 MAX_HEAD = 16 * 1024  # bytes of request line and headers
 MAX_BIGINT = 2**63 - 1
+# As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
+BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int)
 PAGE_ROWS = 1_000  # of a listing, read from the database at a time
 PAGE_BYTES = 256 * 1024  # the same, whichever comes first
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
@@ -255,8 +258,7 @@ def unavailable(error: str, **details: Any) -> HTTPError:
 
 def log_event(event: str, **fields: Any) -> None:
     """Write one JSON object on a line of stderr, in one piece, so that lines of several threads do not mix."""
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     with suppress(OSError, ValueError):  # nobody reads stderr any more, which is no reason not to stop a job
         sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
         sys.stderr.flush()
@@ -273,7 +275,7 @@ class Request:
         self.started = time.monotonic()
         self.method: str = environ["REQUEST_METHOD"]
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
         # For the log line of an admin call, filled in as they become known:
         self.client: str | None = None
         self.job_id: str | None = None
@@ -349,8 +351,7 @@ class Request:
         if not data:
             return {}
         try:
-            # As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
-            body = json.loads(data.decode("utf-8"), parse_int=float, parse_constant=int)
+            body = BODY_DECODER.decode(data.decode("utf-8"))
         except (ValueError, RecursionError):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "body is not JSON: expected a JSON object or no body") from None
         if not isinstance(body, dict):
@@ -358,6 +359,7 @@ class Request:
         return body
 
 
+@lru_cache(10_000)
 def read_address(text: str) -> str | None:
     """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
     match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text)
@@ -447,9 +449,15 @@ class BoundedConnection(psycopg.Connection[Any]):
 
     Its own timeouts bound neither a server that hangs nor a commit that waits for a standby. Not cancelled but closed:
     a commit whose wait is cancelled passes for a success.
+
+    It keeps one cursor for all calls: making one for each costs a third of what a call costs here.
     """
 
     patience = SILENCE
+
+    @cached_property
+    def only_cursor(self) -> psycopg.Cursor[Any]:
+        return self.cursor()
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
         return super().wait(self._bounded(gen), *arguments, **options)
@@ -538,9 +546,9 @@ class Database:
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
                 if connection.cursor_factory is not psycopg.ClientCursor:
-                    return connection.execute(query, tuple(parameters)).fetchall()
+                    return connection.only_cursor.execute(query, tuple(parameters)).fetchall()
                 # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
-                cursor = connection.execute(
+                cursor = connection.only_cursor.execute(
                     "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
                     f" SET LOCAL lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
                     f" SET LOCAL statement_timeout = {self.settings.statement_timeout * 1000:.0f}; {query}",

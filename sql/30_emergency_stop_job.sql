@@ -36,6 +36,7 @@ DECLARE
     v_status       text;  -- not jobs%ROWTYPE: compiling that would wait, unbounded, where somebody has locked the table
     v_terminal     boolean;
     v_done         boolean := false;
+    v_locked       boolean := false;
     v_stopped      bigint;
     v_now          timestamptz;
     v_stopped_at   text;
@@ -84,63 +85,66 @@ BEGIN
             RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
     END;
 
-    BEGIN
-        IF NOT v_done THEN
+    -- From the barrier on nobody else starts an execution. What is left to wait for are the rows that others hold.
+    IF NOT v_done AND NOT pg_try_advisory_xact_lock(v_barrier) THEN
+        BEGIN
             PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
             PERFORM pg_advisory_xact_lock(v_barrier);
-        END IF;
-        -- From here on nobody else starts an execution. What is left to wait for are the rows that others hold.
-        WHILE NOT v_done LOOP
-            BEGIN
-                PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest('1ms', v_deadline - clock_timestamp())))::text, true);
-                v_now := clock_timestamp();
-                v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
-                UPDATE executions e
-                SET status = 'failed',
-                    completed_at = v_now,
-                    output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
-                                  WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
-                                  ELSE '{}'
-                             END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
-                WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
-                GET DIAGNOSTICS v_stopped = ROW_COUNT;
+        EXCEPTION WHEN lock_not_available THEN
+            v_locked := true;
+        END;
+    END IF;
+    WHILE NOT v_done AND NOT v_locked LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest('1ms', v_deadline - clock_timestamp())))::text, true);
+            v_now := clock_timestamp();
+            v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+            UPDATE executions e
+            SET status = 'failed',
+                completed_at = v_now,
+                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
+                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
+                              ELSE '{}'
+                         END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
+            WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
+            GET DIAGNOSTICS v_stopped = ROW_COUNT;
 
-                -- Another stop may have been here before us: with nothing left, nothing is locked or written.
-                SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id;
-                v_done := v_stopped = 0 AND COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
-                EXIT WHEN v_done;
+            -- Another stop may have been here before us: with nothing left, nothing is locked or written.
+            SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id;
+            v_done := v_stopped = 0 AND COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
+            EXIT WHEN v_done;
 
-                -- After the executions: workers who lock one of them and then the job must not find it locked by us.
-                SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
-                v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
-                UPDATE jobs j
-                SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
-                    updated_at = v_now,
-                    -- Without the reason of an earlier stop, after which the job was released.
-                    metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object'
-                                    THEN j.metadata - CASE WHEN j.metadata ? 'stopped_by' THEN '{reason}' ELSE '{}' END::text[]
-                                    WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
-                                    ELSE '{}'
-                               END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
-                                                                           'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
-                WHERE j.id = emergency_stop_job.id;
-                EXIT;
-            EXCEPTION WHEN deadlock_detected THEN
-                -- Our rows are let go of, so that the other one can finish; the barrier is kept.
-                CONTINUE WHEN clock_timestamp() < v_deadline;
-                RAISE lock_not_available;
-            END;
-        END LOOP;
-    EXCEPTION
-        WHEN lock_not_available THEN
-            RAISE lock_not_available
-                USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
-                      DETAIL = format('Other transactions have held it for %s; nothing was changed.', v_patience),
-                      HINT = 'While a stop waits, SELECT * FROM emergency_stop_blockers(id) in a second session names them.';
-        WHEN no_data_found THEN  -- deleted while we waited
-            PERFORM set_config('lock_timeout', v_lock_timeout, true);
-            RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
-    END;
+            -- After the executions: workers who lock one of them and then the job must not find it locked by us.
+            SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+            v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
+            UPDATE jobs j
+            SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
+                updated_at = v_now,
+                -- Without the reason of an earlier stop, after which the job was released.
+                metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object'
+                                THEN j.metadata - CASE WHEN j.metadata ? 'stopped_by' THEN '{reason}' ELSE '{}' END::text[]
+                                WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
+                                ELSE '{}'
+                           END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
+                                                                       'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
+            WHERE j.id = emergency_stop_job.id;
+            EXIT;
+        EXCEPTION
+            WHEN deadlock_detected THEN  -- our rows are let go of, so that the other one can finish; the barrier is kept
+                v_locked := clock_timestamp() >= v_deadline;
+            WHEN lock_not_available THEN
+                v_locked := true;
+            WHEN no_data_found THEN  -- deleted while we waited
+                PERFORM set_config('lock_timeout', v_lock_timeout, true);
+                RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
+        END;
+    END LOOP;
+    IF v_locked THEN
+        RAISE lock_not_available
+            USING MESSAGE = format('job %s is locked', quote_literal(emergency_stop_job.id)),
+                  DETAIL = format('Other transactions have held it for %s; nothing was changed.', v_patience),
+                  HINT = 'While a stop waits, SELECT * FROM emergency_stop_blockers(id) in a second session names them.';
+    END IF;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
     -- Acknowledged means flushed, here and by a synchronous standby. It has to hold until the commit, which a SET clause
