@@ -22,7 +22,8 @@ test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poo
 	.venv/bin/python -m pytest tests/servers $(ARGS)
 
 bench: $(STAMP) .venv/debian-bench  ## Measure speed against its limits and its peers (Debian, as root; under ten minutes)
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check granian fastapi 'uvicorn[standard]' asyncpg flask sqlalchemy gunicorn
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check granian fastapi 'uvicorn[standard]' asyncpg flask sqlalchemy psycopg2-binary \
+		gunicorn
 	@.venv/bin/python tests/bench/bench.py $(ARGS)
 
 lint: $(STAMP)  ## Check style and types

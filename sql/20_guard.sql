@@ -103,13 +103,17 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_job_id text;
+    v_locked boolean;
     v_status text;
     v_others boolean;
 BEGIN
     -- The common case, for which every insert pays: one job, which goes on, and no stop of it about.
-    SELECT i.job_id INTO v_job_id FROM inserted i LIMIT 1;
-    IF pg_try_advisory_xact_lock_shared(hashtextextended(v_job_id, 'jobs'::regclass::oid::bigint))
-       AND current_setting('transaction_isolation') = 'read committed' THEN
+    SELECT i.job_id, pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id, 'jobs'::regclass::oid::bigint))
+    INTO v_job_id, v_locked
+    FROM inserted i
+    LIMIT 1;
+    IF v_locked AND current_setting('transaction_isolation') = 'read committed' THEN
+        -- In a statement of its own, whose snapshot is younger than the lock.
         SELECT j.status, EXISTS (SELECT FROM inserted i WHERE i.job_id <> v_job_id)
         INTO v_status, v_others
         FROM jobs j

@@ -245,7 +245,7 @@ def service(name: str, threads: int, command: list[str]) -> Contender:
 def contenders() -> list[Contender]:
     return [
         Contender("pgbench"),
-        service("granian", 4, granian(2, 4)),
+        service("granian", 2, granian(2, 2)),
         service("stdlib", 8, ["beacon-stop", "serve", "--port", "{port}"]),
         Contender("fastapi", ["uvicorn", "fastapi_peer:app", "--workers", "2", "--loop", "uvloop", "--http", "httptools",
                               "--no-access-log", "--log-level", "warning", "--port", "{port}"]),
@@ -299,7 +299,10 @@ def serving(contender: Contender, databases: Databases, database: str, folder: P
     }  # fmt: skip
     log_file = folder / f"{contender.name}-{contender.port}.log"
     with running(command, log_file, lambda: accepts_connections(contender.port), environment, cwd=HERE / "peers") as server:
-        yield psutil.Process(server.process.pid)
+        try:
+            yield psutil.Process(server.process.pid)
+        except (OSError, http.client.HTTPException) as error:
+            raise RuntimeError(f"{contender.name} does not answer:\n{server.log}") from error
 
 
 def post(connection: http.client.HTTPConnection, job: int, token: str = TOKEN) -> tuple[int, dict[str, Any]]:
