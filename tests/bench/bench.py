@@ -231,42 +231,58 @@ BIN = Path(sys.executable).parent
 TOOLS = ROOT / ".venv" / "bench"
 
 
-def granian(workers: int, threads: int) -> list[str]:
-    return ["granian", "beacon_stop:application", "--interface", "wsgi", "--workers", str(workers), "--blocking-threads", str(threads),
-            "--no-ws", "--port", "{port}"]  # fmt: skip
-
-
 def service(name: str, threads: int, command: list[str]) -> Contender:
     """Ours, with a database connection for each thread, and limits that are out of the way."""
     rates = {f"BEACON_{kind}_RATE": "1000000/second" for kind in ("ADMIN", "FAILED", "READ")}
     return Contender(name, command, {**rates, "BEACON_ADMIN_POOL": str(threads)}, "beacon_service")
 
 
-def contenders() -> list[Contender]:
-    return [
-        Contender("pgbench"),
-        service("granian", 2, granian(2, 2)),
-        service("stdlib", 8, ["beacon-stop", "serve", "--port", "{port}"]),
-        Contender("fastapi", ["uvicorn", "fastapi_peer:app", "--workers", "2", "--loop", "uvloop", "--http", "httptools",
-                              "--no-access-log", "--log-level", "warning", "--port", "{port}"]),
-        Contender("node", ["node", str(TOOLS / "node" / "server.js")], {"NODE_ENV": "production", "WORKERS": "1"}),
-        Contender("go", [str(TOOLS / "go-peer")]),
-        Contender("flask", ["gunicorn", "flask_peer:app", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
-                            "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]),
-    ]  # fmt: skip
+def fastapi(pool: int) -> Contender:
+    command = ["uvicorn", "fastapi_peer:app", "--workers", "2", "--loop", "uvloop", "--http", "httptools", "--no-access-log",
+               "--log-level", "warning", "--port", "{port}"]  # fmt: skip
+    return Contender(f"fastapi 2x{pool}", command, {"POOL": str(pool)})
+
+
+def node(workers: int, pool: int) -> Contender:
+    environment = {"NODE_ENV": "production", "WORKERS": str(workers), "POOL": str(pool)}
+    return Contender(f"node {workers}x{pool}", ["node", str(TOOLS / "node" / "server.js")], environment)
+
+
+def go(pool: int) -> Contender:
+    return Contender(f"go {pool}", [str(TOOLS / "go-peer")], {"POOL": str(pool)})
+
+
+def flask(pool: int) -> Contender:
+    command = ["gunicorn", "flask_peer:app", "--worker-class", "gthread", "--workers", "2", "--threads", "8", "--keep-alive", "75",
+               "--bind", "127.0.0.1:{port}"]  # fmt: skip
+    return Contender(f"flask 2x{pool}", command, {"POOL": str(pool)})
+
+
+def stdlib(pool: int) -> Contender:
+    return service(f"stdlib {pool}", pool, ["beacon-stop", "serve", "--port", "{port}"])
+
+
+def granian(workers: int, threads: int) -> Contender:
+    command = ["granian", "beacon_stop:application", "--interface", "wsgi", "--workers", str(workers), "--blocking-threads", str(threads),
+               "--no-ws", "--port", "{port}"]  # fmt: skip
+    return service(f"granian {workers}x{threads}", threads, command)
+
+
+def contenders() -> dict[str, Contender]:
+    """Each in the configuration that was the best of the alternatives."""
+    return {
+        "pgbench": Contender("pgbench"), "granian": granian(2, 2), "stdlib": stdlib(16), "fastapi": fastapi(2), "node": node(1, 16),
+        "go": go(4), "flask": flask(8),
+    }  # fmt: skip
 
 
 def alternatives() -> list[Contender]:
-    node = ["node", str(TOOLS / "node" / "server.js")]
+    cheroot = ["cheroot", "beacon_stop:application", "--bind", "127.0.0.1:{port}", "--threads", "8"]
+    gunicorn = ["gunicorn", "beacon_stop:application", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
+                "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]  # fmt: skip
     return [
-        *(service(f"granian {workers}x{each}", each, granian(workers, each)) for workers, each in ((1, 8), (2, 2), (2, 4), (2, 8))),
-        service("cheroot 8", 8, ["cheroot", "beacon_stop:application", "--bind", "127.0.0.1:{port}", "--threads", "8"]),
-        service("gunicorn 2x8", 8, ["gunicorn", "beacon_stop:application", "--worker-class", "gthread", "--workers", "2", "--threads", "8",
-                                    "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]),
-        service("stdlib 4", 4, ["beacon-stop", "serve", "--port", "{port}"]),
-        service("stdlib 16", 16, ["beacon-stop", "serve", "--port", "{port}"]),
-        Contender("node 1", node, {"NODE_ENV": "production", "WORKERS": "1"}),
-        Contender("node 2", node, {"NODE_ENV": "production", "WORKERS": "2"}),
+        granian(1, 4), granian(2, 2), granian(2, 3), granian(2, 4), service("cheroot 8", 8, cheroot), service("gunicorn 2x8", 8, gunicorn),
+        stdlib(4), stdlib(16), fastapi(2), fastapi(8), node(1, 4), node(1, 16), node(2, 2), go(4), go(16), flask(2), flask(8),
     ]  # fmt: skip
 
 
@@ -385,7 +401,8 @@ class Bench:
 
     def race(self) -> dict[str, Figure]:
         """The HTTP rows."""
-        by_name = {runner.name: runner for runner in self.run_rounds(contenders())}
+        by_name = contenders()
+        self.run_rounds(list(by_name.values()))
 
         def figure(ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops) -> Figure:
             one, other = rates(by_name[ours]), rates(by_name[theirs])
@@ -564,7 +581,7 @@ class Bench:
         script = "BEGIN;\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n\\sleep 5 ms\nCOMMIT;\n"
         active = "SELECT count(*) FROM executions WHERE job_id = %s AND status IN ('pending', 'running', 'processing')"
         seconds = []
-        server = next(contender for contender in contenders() if contender.name == "granian")
+        server = contenders()["granian"]
         with serving(server, self.databases, "flood", self.folder):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
             post(connection, 0)  # an unknown job: a service that has been in use has its database connections

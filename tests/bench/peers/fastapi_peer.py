@@ -42,7 +42,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     async def no_reset(connection: asyncpg.Connection) -> None:
         """Nothing here changes a session's state, so that a round trip to undo it would be wasted."""
 
-    async with asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=8, max_size=8, reset=no_reset) as pool:
+    async with asyncpg.create_pool(
+        os.environ["DATABASE_URL"], min_size=int(os.environ["POOL"]), max_size=int(os.environ["POOL"]), reset=no_reset
+    ) as pool:
         app.state.pool = pool
         yield
 

@@ -31,7 +31,9 @@ TOKEN = os.environ["ADMIN_TOKEN"].encode()
 
 app = Flask(__name__)
 app.json.sort_keys = False
-engine = create_engine(os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+psycopg2:"), pool_size=8, max_overflow=0)
+engine = create_engine(
+    os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+psycopg2:"), pool_size=int(os.environ["POOL"]), max_overflow=0
+)
 
 
 @app.post("/admin/jobs/<job_id>/emergency-stop")

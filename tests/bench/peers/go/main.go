@@ -8,6 +8,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"strconv"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -151,11 +152,15 @@ func (s *server) answer(c *gin.Context, line *logLine) (int, interface{}, error)
 }
 
 func main() {
+	size, err := strconv.Atoi(os.Getenv("POOL"))
+	if err != nil {
+		log.Fatal(err)
+	}
 	config, err := pgxpool.ParseConfig(os.Getenv("DATABASE_URL"))
 	if err != nil {
 		log.Fatal(err)
 	}
-	config.MaxConns, config.MinConns = 16, 16
+	config.MaxConns, config.MinConns = int32(size), int32(size)
 	config.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		for name, query := range statements {
 			if _, err := conn.Prepare(ctx, name, query); err != nil {

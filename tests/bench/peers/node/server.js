@@ -5,7 +5,6 @@ import Fastify from 'fastify'
 import pg from 'pg'
 
 const WORKERS = Number(process.env.WORKERS)
-const CLIENTS = 16
 
 const lockJob = { name: 'lock_job', text: 'SELECT status FROM jobs WHERE id = $1 FOR UPDATE' }
 const stopExecutions = {
@@ -61,7 +60,7 @@ async function stop(client, id, reason) {
 }
 
 async function serve() {
-  const size = CLIENTS / WORKERS
+  const size = Number(process.env.POOL)
   const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL, min: size, max: size, idleTimeoutMillis: 0, pipeline: true })
   const app = Fastify({ logger: { stream: process.stderr }, disableRequestLogging: true })
   const answer = { type: 'object', additionalProperties: true, properties: {
