@@ -23,6 +23,7 @@ Environment:
 from __future__ import annotations
 
 import argparse
+import atexit
 import fcntl
 import hmac
 import ipaddress
@@ -557,16 +558,17 @@ class Database:
                 while cursor.nextset():
                     pass
                 return cursor.fetchall()
-            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction, errors.InternalError_) as error:
                 # A server that ends, or that has become a standby: the next connection may find another one.
                 if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
                     connection.close()
-                if last_try or not connection.closed:
+                if last_try or not (connection.closed or isinstance(error, errors.InternalError_)):  # the latter: a shard's was lost
                     raise
             finally:
                 connection.patience = SILENCE
                 pool.putconn(connection)
-            pool.check()  # what ended this connection has most likely ended the idle ones beside it
+            if connection.closed:
+                pool.drain()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")
 
     def close(self) -> None:
@@ -606,8 +608,9 @@ class Application:
     def __init__(self, load_settings: Callable[[], Settings]) -> None:
         self._load_settings = load_settings
         self._forget()
-        reference = weakref.WeakMethod(self._forget)
-        os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+        forget, close = weakref.WeakMethod(self._forget), weakref.WeakMethod(self.close)
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+        atexit.register(lambda: (method := close()) and method())  # later, the pools wait for threads that do not run any more
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -659,11 +662,12 @@ class Application:
 
 
 class Turn:
-    """The calls at work on one job: how many there are, two slots for them, and the second look at it if it is locked."""
+    """The calls at work on one job: how many there are, the slots for them, and the second look at it if it is locked."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.slots = threading.Semaphore(2)
+        self.force_slot = threading.Lock()
         self.look: Future[None] | None = None
 
 
@@ -705,7 +709,7 @@ class Service:
     def call_stop(self, job_id: str, reason: str | None, force: bool) -> str:
         """Call emergency_stop_job and return its answer; raises HTTPError 503 with the sessions in the way of a locked job.
 
-        However many call for one job, two of them at most have a database connection, so that a job that is locked
+        However many call for one job, two of them at most, and one with force, have a database connection, so that a job that is locked
         leaves the others to other jobs; those who wait learn from the second look at it who holds it.
         """
         with self.lock:
@@ -713,9 +717,11 @@ class Service:
             turn.calls += 1
         try:
             if force:
-                return self.try_stop(turn, job_id, reason, force)
+                with turn.force_slot:
+                    return self.try_stop(turn, job_id, reason, force)
             while not turn.slots.acquire(timeout=0.1):
-                if turn.look and (error := turn.look.exception()):
+                look = turn.look
+                if look and (error := look.exception()):
                     raise error
             try:
                 return self.try_stop(turn, job_id, reason, force)

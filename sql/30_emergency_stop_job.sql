@@ -111,12 +111,15 @@ BEGIN
 
             -- Another stop may have been here before us: with nothing left, nothing is locked or written.
             SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id;
-            v_done := v_stopped = 0 AND COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
+            v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
+            v_done := v_stopped = 0 AND v_terminal;
             EXIT WHEN v_done;
 
             -- After the executions: workers who lock one of them and then the job must not find it locked by us.
             SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
             v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
+            v_done := v_stopped = 0 AND v_terminal;  -- it has ended while we waited
+            EXIT WHEN v_done;
             UPDATE jobs j
             SET status = CASE WHEN v_terminal THEN j.status ELSE 'failed' END,
                 updated_at = v_now,
@@ -128,6 +131,8 @@ BEGIN
                            END || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', v_stopped_at,
                                                                        'stopped_by', 'admin', 'reason', emergency_stop_job.reason))
             WHERE j.id = emergency_stop_job.id;
+            INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
+            VALUES (emergency_stop_job.id, COALESCE(v_status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
             EXIT;
         EXCEPTION
             WHEN deadlock_detected THEN  -- our rows are let go of, so that the other one can finish; the barrier is kept
@@ -162,8 +167,6 @@ BEGIN
                                  'status', v_status, 'action', 'none');
     END IF;
 
-    INSERT INTO emergency_stops (job_id, previous_status, executions_stopped, reason, stopped_at)
-    VALUES (emergency_stop_job.id, COALESCE(v_status, 'unknown'), v_stopped, emergency_stop_job.reason, v_now);
     v_notice := json_build_object('job_id', emergency_stop_job.id, 'stopped_at', v_stopped_at, 'executions_stopped', v_stopped)::text;
     IF octet_length(v_notice) < 8000 THEN  -- else NOTIFY refuses it
         PERFORM pg_notify('emergency_stop', v_notice);

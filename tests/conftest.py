@@ -240,17 +240,27 @@ def make_app(service_url: str) -> Iterator[Callable[..., beacon_stop.Application
 
 
 @pytest.fixture(scope="session")
-def shared_app(installed: Any, server_url: str) -> Iterator[beacon_stop.Application]:
-    """An application for tests that leave no trace in the database: one for all, since making one takes a while."""
+def shared_url(installed: Any, server_url: str) -> Iterator[str]:
+    """A database for tests that leave no trace in it: one for all, since making one takes a while."""
     with psycopg.connect(server_url, autocommit=True) as server:
         server.execute("DROP DATABASE IF EXISTS shared")
         server.execute(f"CREATE DATABASE shared TEMPLATE {installed.template_dbname}")
-    url = make_conninfo(server_url, dbname="shared", user="beacon_service", password=SERVICE_PASSWORD)
-    app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=url, **GENEROUS)
-    yield app
-    app.close()
+    yield make_conninfo(server_url, dbname="shared", user="beacon_service", password=SERVICE_PASSWORD)
     with psycopg.connect(server_url, autocommit=True) as server:
         server.execute("DROP DATABASE shared WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def shared_service(shared_url: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(shared_url, autocommit=True) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def shared_app(shared_url: str) -> Iterator[beacon_stop.Application]:
+    app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=shared_url, **GENEROUS)
+    yield app
+    app.close()
 
 
 @pytest.fixture(scope="session")

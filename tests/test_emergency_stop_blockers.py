@@ -263,6 +263,30 @@ def test_a_session_that_takes_its_time_to_end_is_counted_once(make_app, make_job
     assert (stop.result.status, stop.result.json["sessions_ended"]) == (200, 1)
 
 
+def test_many_who_force_one_job_leave_connections_to_other_jobs(make_app, make_job, hold):
+    job_id, other = make_job(running=1), make_job(running=1)
+    client = Client(make_app(lock_timeout="1s", admin_pool=3))
+    hold(HOLDS["a locked job"], job_id)
+
+    with ThreadPoolExecutor(8) as executor:
+        forced = [executor.submit(client.stop, job_id, b'{"force": true}') for _ in range(8)]
+        time.sleep(0.3)
+        assert client.stop(other).json["executions_stopped"] == 1
+        assert not any(call.done() for call in forced)
+    assert {call.result().status for call in forced} == {200}
+    assert [call.result().json["sessions_ended"] for call in forced if "sessions_ended" in call.result().json] == [1]
+
+
+def test_a_locked_audit_is_told_as_any_other_lock(service, db, make_job, hold):
+    job_id = make_job(running=1)
+    hold("LOCK TABLE emergency_stops")
+    service.execute("SET lock_timeout = '200ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked"):
+        service.execute(STOP, (job_id,))
+    assert count_active(db, job_id) == 1
+
+
 def test_force_where_nobody_is_in_the_way_changes_nothing(client, make_job):
     answer = client.stop(make_job(running=1), b'{"force": true}')
 

@@ -404,6 +404,21 @@ def test_a_deadlock_is_decided_in_the_stops_favour(connect, db, make_job, servic
     assert count_active(db, job_id) == 0
 
 
+@pytest.mark.parametrize("status", ["completed", "cancelled"])
+def test_a_job_that_ends_by_itself_while_the_stop_waits_is_left_alone(connect, db, make_job, service, status):
+    """Its last execution had ended before. Naive: it was marked, and its end overwritten."""
+    job_id = make_job(completed=1)
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE jobs SET status = %s WHERE id = %s", (status, job_id))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert (stop.result["status"], stop.result["action"]) == (status, "none")
+    assert db.execute("SELECT status, metadata FROM jobs").fetchall() == [(status, None)]
+    assert audit(db, job_id) == []
+
+
 # --- Exactly once ---
 
 

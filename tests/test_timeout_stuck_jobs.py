@@ -110,26 +110,26 @@ def test_more_does_not_mean_jobs_that_get_on(db, make_job, time_out):
 
 @pytest.mark.parametrize("threshold", ["0", "-1 minute", "525601 minutes", "1 year", None])
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
-def test_spans_of_time_that_make_no_sense_are_refused(service, function, threshold):
+def test_spans_of_time_that_make_no_sense_are_refused(shared_service, function, threshold):
     with pytest.raises(
         psycopg.errors.InvalidParameterValue, match=r"(threshold|max_age) is .*: expected more than 0, at most (525600|8760)"
     ):
-        service.execute(f"SELECT {function}(%s)", (threshold,))
+        shared_service.execute(f"SELECT {function}(%s)", (threshold,))
 
 
 @pytest.mark.parametrize("max_jobs", [-1, 1_001, None])
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
-def test_numbers_of_jobs_that_make_no_sense_are_refused(service, function, max_jobs):
+def test_numbers_of_jobs_that_make_no_sense_are_refused(shared_service, function, max_jobs):
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"max_jobs is .*: expected 0 to 1000"):
-        service.execute(f"SELECT {function}(max_jobs => %s)", (max_jobs,))
+        shared_service.execute(f"SELECT {function}(max_jobs => %s)", (max_jobs,))
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
-def test_an_old_snapshot_is_refused(service, function, level):
+def test_an_old_snapshot_is_refused(shared_service, function, level):
     with pytest.raises(psycopg.errors.InvalidTransactionState, match=f"{function} cannot run in a {level} transaction"):
-        service.execute(f"BEGIN ISOLATION LEVEL {level}; SELECT {function}()")
-    service.rollback()
+        shared_service.execute(f"BEGIN ISOLATION LEVEL {level}; SELECT {function}()")
+    shared_service.rollback()
 
 
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
@@ -219,8 +219,9 @@ def test_hundreds_of_locked_jobs_keep_nobody_from_younger_ones(connect, db, make
     assert (ids(answer), answer["more"]) == ([free], True)
 
 
-def test_batches_keep_no_connection_from_stops(make_app, connect, db, make_job):
+def test_batches_keep_no_connection_from_stops(make_app, connect, db, make_job, monkeypatch):
     """Four batches that wait, since the table is locked, beside a stop of a job that has ended."""
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.0)
     job_id = make_job(status="failed")
     client = Client(make_app(admin_pool=2, lock_timeout="2s"))
     client.stop(job_id)

@@ -34,7 +34,7 @@ RETURNS json LANGUAGE plproxy VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     CLUSTER 'beacon_stop';
-    RUN ON hashtext(id);
+    RUN ON hashtext(COALESCE(id, ''));
     SELECT emergency_stop_job(id, reason) FROM (SELECT set_config('lock_timeout', lock_timeout, true) OFFSET 0) AS s;
 $$;
 REVOKE ALL ON FUNCTION shard_emergency_stop_job(text, text, text) FROM PUBLIC;
@@ -57,7 +57,7 @@ LANGUAGE plproxy VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     CLUSTER 'beacon_stop';
-    RUN ON hashtext(id);
+    RUN ON hashtext(COALESCE(id, ''));
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_blockers(text) IS 'emergency_stop_blockers on the job''s shard; pid means a session there.';
@@ -67,7 +67,7 @@ RETURNS json LANGUAGE plproxy VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     CLUSTER 'beacon_stop';
-    RUN ON hashtext(id);
+    RUN ON hashtext(COALESCE(id, ''));
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_end_blockers(text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_end_blockers(text) IS 'emergency_stop_end_blockers on the job''s shard.';
@@ -77,7 +77,7 @@ RETURNS json LANGUAGE plproxy VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     CLUSTER 'beacon_stop';
-    RUN ON hashtext(id);
+    RUN ON hashtext(COALESCE(id, ''));
 $$;
 REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
 COMMENT ON FUNCTION get_job(text) IS 'get_job on the job''s shard.';
@@ -89,7 +89,7 @@ LANGUAGE plproxy VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
     CLUSTER 'beacon_stop';
-    RUN ON hashtext(job_id);
+    RUN ON hashtext(COALESCE(job_id, ''));
 $$;
 REVOKE ALL ON FUNCTION list_executions(text, text, bigint, bigint, bigint) FROM PUBLIC;
 COMMENT ON FUNCTION list_executions(text, text, bigint, bigint, bigint) IS 'list_executions on the job''s shard.';
@@ -121,7 +121,8 @@ COMMENT ON FUNCTION shard_repair_stuck_jobs(int, interval, int) IS 'repair_stuck
 -- batch_on_all_shards(operation, span, max_jobs): runs a batch on each shard, one after the other, for an equal share of
 -- what is left of max_jobs; together they change max_jobs at most.
 -- Returns  each shard's answer
--- Raises   what a shard raises; what was done on the shards before it stays done, and is in their batch_changes
+-- Raises   what a shard raises; for one that is away only after the others; what was done there stays done, and is in
+--          their batch_changes
 CREATE OR REPLACE FUNCTION batch_on_all_shards(operation text, span interval, max_jobs int)
 RETURNS SETOF json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -131,6 +132,7 @@ DECLARE
     v_share  int;
     v_shard  record;
     v_answer json;
+    v_away   text;
 BEGIN
     FOR v_shard IN
         SELECT min(p.number) AS partition, count(*) OVER () - row_number() OVER (ORDER BY min(p.number)) + 1 AS shards_left
@@ -142,15 +144,22 @@ BEGIN
     LOOP
         -- A number out of range goes to the shard as it is, to be refused there.
         v_share := CASE WHEN max_jobs BETWEEN 0 AND 1000 THEN ceil(v_left::numeric / v_shard.shards_left) ELSE max_jobs END::int;
-        IF operation = 'timeout_stuck_jobs' THEN
-            v_answer := shard_timeout_stuck_jobs(v_shard.partition, span, v_share);
-            v_left := v_left - (v_answer ->> 'timed_out_count')::int;
-        ELSE
-            v_answer := shard_repair_stuck_jobs(v_shard.partition, span, v_share);
-            v_left := v_left - (v_answer ->> 'republished_count')::int;
-        END IF;
-        RETURN NEXT v_answer;
+        BEGIN
+            IF operation = 'timeout_stuck_jobs' THEN
+                v_answer := shard_timeout_stuck_jobs(v_shard.partition, span, v_share);
+                v_left := v_left - (v_answer ->> 'timed_out_count')::int;
+            ELSE
+                v_answer := shard_repair_stuck_jobs(v_shard.partition, span, v_share);
+                v_left := v_left - (v_answer ->> 'republished_count')::int;
+            END IF;
+            RETURN NEXT v_answer;
+        EXCEPTION WHEN internal_error THEN
+            v_away := COALESCE(v_away, SQLERRM);
+        END;
     END LOOP;
+    IF v_away IS NOT NULL THEN
+        RAISE internal_error USING MESSAGE = v_away;
+    END IF;
 END;
 $$;
 REVOKE ALL ON FUNCTION batch_on_all_shards(text, interval, int) FROM PUBLIC;

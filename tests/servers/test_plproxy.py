@@ -217,22 +217,35 @@ def test_the_statement_timeout_ends_the_call_on_the_shard_too(shards, start_serv
 
 
 def test_a_shard_that_is_away_takes_only_its_own_jobs_with_it(shards, service):
-    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
-    shard1 = [job_id for job_id in jobs if shards.partition_of(job_id) % 2]
-    shard0 = [job_id for job_id in jobs if job_id not in shard1]
-    service.stop(shard0.pop())
-    service.stop(shard1.pop())  # so that there is a connection to be lost
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(16)]
+    shard0 = [job_id for job_id in jobs if not shards.partition_of(job_id) % 2]
+    shard1 = [job_id for job_id in jobs if job_id not in shard0]
+    service.stop(shard0.pop())  # so that there is a connection to be lost
+    for job_id in shard1[:2]:
+        age(shards.of(job_id), 20, job_id)
     with psycopg.connect(shards.url, autocommit=True) as server:
-        server.execute("ALTER DATABASE shard1 ALLOW_CONNECTIONS false")
-        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard1' AND usename = 'beacon_service'")
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
 
         for _ in range(2):
-            answer = service.stop(shard1[0])
+            answer = service.stop(shard0[0])
             assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
-        assert service("GET", f"/api/v1/jobs/{shard1[0]}").status == 503
-        assert service.stop(shard0[0]).status == 200
-        server.execute("ALTER DATABASE shard1 ALLOW_CONNECTIONS true")
-    wait_until(lambda: service.stop(shard1[0]).status == 200)
+        assert service("GET", f"/api/v1/jobs/{shard0[0]}").status == 503
+        assert service.stop(shard1[2]).status == 200
+        assert service("POST", "/admin/timeout-stuck-jobs", **{"X-Admin-Token": TOKEN}).status == 503
+        assert [count_active(shards.of(job_id), job_id) for job_id in shard1[:2]] == [0, 0]
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS true")
+    wait_until(lambda: service.stop(shard0[0]).status == 200)
+
+
+def test_a_shard_whose_sessions_were_ended_costs_no_call(shards, service):
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(service.stop, jobs[:4]))
+    with psycopg.connect(shards.url, autocommit=True) as server:
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'shard_' AND usename = 'beacon_service'")
+
+    assert [service.stop(job_id).status for job_id in jobs] == [200] * 8
 
 
 def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cluster):
