@@ -611,7 +611,7 @@ class Bench:
         """The highest resident size of `beacon-stop serve` while 1,000,000 executions are read from it, as the kernel recorded it."""
         say("loading 1,000,000 executions")
         load(self.databases.create("listing"), 1, active=0, completed=1_000_000)
-        server = next(contender for contender in contenders() if contender.name == "stdlib")
+        server = contenders()["stdlib"]
 
         def get(path: str) -> int:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
