@@ -64,6 +64,7 @@ def running(
         process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are started without it
             env={"PATH": os.environ["PATH"], **(environment or {})}, **options,
         )  # fmt: skip
     server = Running(process, log_file)
