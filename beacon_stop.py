@@ -445,6 +445,10 @@ class RateLimiter:
 # --- The database -----------------------------------------------------------------------------------------------------
 
 
+class ServerSilent(psycopg.OperationalError):
+    """The server has not answered in time."""
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed, with OperationalError, when the server takes longer than `patience` seconds.
 
@@ -471,7 +475,7 @@ class BoundedConnection(psycopg.Connection[Any]):
                 ready = yield wanted
                 if not ready and time.monotonic() >= deadline:
                     self.close()
-                    raise psycopg.OperationalError("the server does not answer")
+                    raise ServerSilent("the server does not answer")
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
@@ -544,6 +548,7 @@ class Database:
         """
         for last_try in (False, True):
             connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
+            silent = False
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
                 if connection.cursor_factory is not psycopg.ClientCursor:
@@ -559,6 +564,7 @@ class Database:
                     pass
                 return cursor.fetchall()
             except (psycopg.OperationalError, errors.ReadOnlySqlTransaction, errors.InternalError_) as error:
+                silent = isinstance(error, ServerSilent)
                 # A server that ends, or that has become a standby: the next connection may find another one.
                 if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
                     connection.close()
@@ -567,8 +573,10 @@ class Database:
             finally:
                 connection.patience = SILENCE
                 pool.putconn(connection)
-            if connection.closed:
-                pool.drain()  # what ended this connection has most likely ended the idle ones beside it
+            if silent:
+                pool.drain()  # those beside it would be found silent one after the other
+            elif connection.closed:
+                pool.check()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")
 
     def close(self) -> None:
