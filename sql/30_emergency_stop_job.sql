@@ -32,6 +32,7 @@ DECLARE
     v_barrier      CONSTANT bigint := hashtextextended(emergency_stop_job.id, 'jobs'::regclass::oid::bigint);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_mark         CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_deadline     timestamptz;
     v_status       text;  -- not jobs%ROWTYPE: compiling that would wait, unbounded, where somebody has locked the table
     v_terminal     boolean;
@@ -102,10 +103,10 @@ BEGIN
             UPDATE executions e
             SET status = 'failed',
                 completed_at = v_now,
-                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
-                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
-                              ELSE '{}'
-                         END || '{"error": "Emergency stop by admin", "emergency_stop": true}'
+                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_mark
+                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_mark
+                              ELSE v_mark
+                         END
             WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing');
             GET DIAGNOSTICS v_stopped = ROW_COUNT;
 
