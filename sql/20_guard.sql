@@ -110,13 +110,13 @@ BEGIN
     -- The common case, for which every insert pays: one job, which goes on, and no stop of it about.
     SELECT i.job_id, pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id, 'jobs'::regclass::oid::bigint))
     INTO v_job_id, v_locked
-    FROM inserted i
-    LIMIT 1;
+    FROM inserted i;  -- INTO takes one row, LIMIT would cost more
     IF v_locked AND current_setting('transaction_isolation') = 'read committed' THEN
-        -- In a statement of its own, whose snapshot is younger than the lock.
-        SELECT j.status, EXISTS (SELECT FROM inserted i WHERE i.job_id <> v_job_id)
+        -- In a statement of its own, whose snapshot is younger than the lock. EXISTS would cost more than the join.
+        SELECT j.status, i.job_id IS NOT NULL
         INTO v_status, v_others
         FROM jobs j
+        LEFT JOIN inserted i ON i.job_id <> j.id
         WHERE j.id = v_job_id;
         IF v_status NOT IN ('completed', 'failed', 'cancelled') AND NOT v_others THEN
             RETURN NULL;

@@ -591,7 +591,7 @@ class Bench:
         for number in range(1, 2 * ROUNDS + 1):
             for name in random.sample(list(sides), 2):
                 load(sides[name], 1_000, active=0, completed=0)
-                rates["insert"][name].append(self.pgbench.run(name, single, 8, 1)[1])
+                rates["insert"][name].append(self.pgbench.run(name, single, 8, 2)[1])
             for name in random.sample(list(sides), 2):
                 load(sides[name], 1_000, active=0, completed=0)
                 rates["bulk"][name].append(100_000 / timed(lambda: sides[name].execute(bulk, (str(FIRST_JOB),))))  # noqa: B023
