@@ -141,6 +141,38 @@ def test_an_insert_that_comes_during_the_stop_queues_and_is_refused(connect, db,
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("statement", ["SELECT", "SELECT FROM jobs WHERE id = %(id)s FOR KEY SHARE"])
+def test_an_insert_whose_snapshot_is_older_than_the_stop_is_refused(connect, db, make_job, stop, level, statement):
+    job_id = make_job(running=1)
+    worker = connect(autocommit=False)
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    worker.execute(statement, {"id": job_id})
+    stop(job_id)
+
+    with pytest.raises((REFUSED, psycopg.errors.SerializationFailure)):
+        worker.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'pending')", (job_id,))
+        worker.commit()
+    assert count_active(db, job_id) == 0
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_an_insert_for_several_jobs_is_refused_if_one_of_them_has_ended(connect, db, make_job, stop, level, position):
+    job_ids = [make_job() for _ in range(3)]
+    stop(job_ids[position])
+    worker = connect()
+    insert = "INSERT INTO executions (job_id) SELECT unnest(%s::text[])"
+
+    with worker.transaction():
+        worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+        with pytest.raises(REFUSED, match=f"job '{job_ids[position]}' is failed"), worker.transaction():
+            worker.execute(insert, (job_ids,))
+        del job_ids[position]
+        worker.execute(insert, (job_ids,))
+    assert db.execute("SELECT job_id FROM executions ORDER BY id").fetchall() == [(job_id,) for job_id in job_ids]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_no_execution_starts_on_a_job_that_has_ended(connect, db, make_job, level, status):
     job_id = make_job(status=status, completed=1, failed=1)
