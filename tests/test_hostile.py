@@ -155,6 +155,41 @@ def test_an_insert_whose_snapshot_is_older_than_the_stop_is_refused(connect, db,
     assert count_active(db, job_id) == 0
 
 
+def test_an_insert_waits_for_an_open_stop_no_longer_than_its_lock_timeout(connect, db, make_job):
+    job_id = make_job(running=1)
+    stopper, worker = connect(autocommit=False), connect()
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    worker.execute("SET lock_timeout = '500ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"an emergency stop of job '{job_id}' is under way"):
+        worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    stopper.rollback()
+    worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    assert worker.execute("SHOW lock_timeout").fetchone() == ("500ms",)
+    assert count_active(db, job_id) == 2
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_above_read_committed_an_insert_neither_waits_for_a_change_of_the_job_nor_holds_one_up(connect, db, make_job, level):
+    job_id = make_job()
+    worker, other = connect(autocommit=False), connect(autocommit=False)
+    heartbeat = "UPDATE jobs SET updated_at = now() WHERE id = %s"
+    other.execute(heartbeat, (job_id,))
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    with pytest.raises(psycopg.errors.SerializationFailure, match="is being changed"):
+        worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    worker.rollback()
+    other.commit()
+
+    worker.execute(f"SET TRANSACTION ISOLATION LEVEL {level}")
+    worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    other.execute("SET LOCAL lock_timeout = '1s'")
+    other.execute(heartbeat, (job_id,))
+    other.commit()
+    worker.commit()
+    assert count_active(db, job_id) == 1
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_an_insert_for_several_jobs_is_refused_if_one_of_them_has_ended(connect, db, make_job, stop, level, position):

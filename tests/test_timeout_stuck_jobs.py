@@ -101,9 +101,10 @@ def test_the_oldest_come_first_and_more_says_that_some_are_left(db, make_job, ti
 
 
 def test_more_does_not_mean_jobs_that_get_on(db, make_job, time_out):
-    stuck, live = make_job(), make_job(running=1)
-    age(db, 20, stuck, live)
+    stuck, live, young = make_job(), make_job(running=1), make_job()
+    age(db, 20, stuck, live, young)
     db.execute("INSERT INTO executions (job_id) VALUES (%s)", (live,))
+    db.execute("UPDATE jobs SET created_at = now() WHERE id = %s", (young,))
 
     assert [time_out(max_jobs=number)["more"] for number in (0, 1, 0)] == [True, False, False]
 
