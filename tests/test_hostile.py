@@ -157,15 +157,20 @@ def test_an_insert_whose_snapshot_is_older_than_the_stop_is_refused(connect, db,
 
 def test_an_insert_waits_for_an_open_stop_no_longer_than_its_lock_timeout(connect, db, make_job):
     job_id = make_job(running=1)
-    stopper, worker = connect(autocommit=False), connect()
+    stopper, worker = connect(autocommit=False), connect(autocommit=False)
     stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
-    worker.execute("SET lock_timeout = '500ms'")
+    insert = "INSERT INTO executions (job_id) VALUES (%s)"
 
+    worker.execute("SET LOCAL lock_timeout = '500ms'")
     with pytest.raises(psycopg.errors.LockNotAvailable, match=f"an emergency stop of job '{job_id}' is under way"):
-        worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
-    stopper.rollback()
-    worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
-    assert worker.execute("SHOW lock_timeout").fetchone() == ("500ms",)
+        worker.execute(insert, (job_id,))
+    worker.rollback()
+    worker.execute("SET LOCAL lock_timeout = '20s'")
+    with in_thread(worker.execute, insert, (job_id,)):
+        wait_until(lambda: is_waiting(db, worker))
+        stopper.rollback()
+    assert worker.execute("SHOW lock_timeout").fetchone() == ("20s",)
+    worker.commit()
     assert count_active(db, job_id) == 2
 
 
