@@ -476,6 +476,22 @@ def test_a_deadlock_is_decided_in_the_stops_favour(connect, db, make_job, servic
     assert count_active(db, job_id) == 0
 
 
+def test_a_stop_of_another_job_that_waits_is_no_deadlock(connect, db, make_job, service):
+    job_id, other_id = make_job(), make_job(running=1)
+    stopper, worker = connect(autocommit=False), connect(autocommit=False)
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    worker.execute("UPDATE executions SET started_at = now() WHERE job_id = %s", (other_id,))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (other_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        with pytest.raises(REFUSED), in_thread(worker.execute, "INSERT INTO executions (job_id) VALUES (%s)", (job_id,)):
+            wait_until(lambda: is_waiting(db, worker))
+            time.sleep(0.5)  # in which the worker has looked for deadlocks
+            stopper.commit()
+        worker.rollback()
+    assert stop.result["executions_stopped"] == 1
+
+
 @pytest.mark.parametrize("status", ["completed", "cancelled"])
 def test_a_job_that_ends_by_itself_while_the_stop_waits_is_left_alone(connect, db, make_job, service, status):
     """Its last execution had ended before. Naive: it was marked, and its end overwritten."""
