@@ -237,6 +237,18 @@ def test_no_execution_starts_on_a_job_that_has_ended(connect, db, make_job, leve
     assert count_active(db, job_id) == 0
 
 
+@pytest.mark.parametrize("status", [None, "odd"])
+def test_an_execution_whose_status_nobody_knows_does_not_start_on_a_job_that_has_ended(connect, db, make_job, stop, status):
+    db.execute("ALTER TABLE executions ALTER status DROP NOT NULL")  # as in a table from before the installation
+    job_id = make_job(running=1)
+    db.execute("INSERT INTO executions (job_id, status) VALUES (%s, %s)", (job_id, status))
+    stop(job_id)
+
+    with pytest.raises(REFUSED, match="no execution of it may start"):
+        connect().execute("UPDATE executions SET status = 'running' WHERE id = 2")
+    assert count_active(db, job_id) == 0
+
+
 STALE = "(SELECT metadata FROM jobs WHERE id = 'stale copy')"
 REVIVALS = {
     "a late completion": ["UPDATE executions SET status = 'completed', completed_at = now() WHERE job_id = 'a'"],
