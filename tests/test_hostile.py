@@ -473,6 +473,20 @@ def test_stops_beside_workers_that_lock_the_other_way_round(client, connect, db,
     assert met["refused"] > 0
 
 
+def test_a_stop_that_falls_victim_to_a_deadlock_lets_the_other_finish_and_tries_again(connect, db, make_job, service):
+    """Naive: the stop ended with 40P01. PostgreSQL picks it, because it is the one that has waited for longer."""
+    job_id = make_job(running=2)
+    worker = connect(autocommit=False)
+    worker.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.execute("UPDATE executions SET status = 'completed' WHERE id = 1")
+        worker.commit()
+    assert (stop.result["message"], stop.result["executions_stopped"]) == ("Job emergency stopped", 1)
+    assert count_active(db, job_id) == 0
+
+
 def test_a_deadlock_is_decided_in_the_stops_favour(connect, db, make_job, service):
     """Stepped: the worker holds an execution and queues for the barrier. Naive: the new execution was active after the stop."""
     job_id = make_job(running=2)
