@@ -249,6 +249,14 @@ def test_an_execution_whose_status_nobody_knows_does_not_start_on_a_job_that_has
     assert count_active(db, job_id) == 0
 
 
+def test_an_execution_that_has_the_mark_without_having_been_stopped_is_free(connect, db, make_job):
+    make_job(running=1)
+    db.execute("""UPDATE executions SET output = '{"emergency_stop": true}'""")
+
+    connect().execute("UPDATE executions SET status = 'completed', output = '{}'")
+    assert db.execute("SELECT status, output FROM executions").fetchall() == [("completed", {})]
+
+
 STALE = "(SELECT metadata FROM jobs WHERE id = 'stale copy')"
 REVIVALS = {
     "a late completion": ["UPDATE executions SET status = 'completed', completed_at = now() WHERE job_id = 'a'"],
@@ -471,6 +479,21 @@ def test_stops_beside_workers_that_lock_the_other_way_round(client, connect, db,
     assert [count_active(db, job_id) for job_id in jobs] == [0] * 60
     assert [count_stopped(db, job_id) for job_id in jobs] == [answer.json["executions_stopped"] for answer in answers]
     assert met["refused"] > 0
+
+
+def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(connect, db, make_job, service):
+    job_id = make_job(running=1)
+    inserter, holder = connect(autocommit=False), connect(autocommit=False)
+    inserter.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    holder.execute("SELECT FROM executions WHERE id = 1 FOR UPDATE")
+    service.execute("SET lock_timeout = '2s'")
+
+    started = time.monotonic()
+    with pytest.raises(psycopg.errors.LockNotAvailable), in_thread(service.execute, "SELECT emergency_stop_job(%s)", (job_id,)):
+        wait_until(lambda: is_waiting(db, service))
+        time.sleep(1.5)
+        inserter.commit()
+    assert 1.9 < time.monotonic() - started < 3
 
 
 def test_a_stop_that_falls_victim_to_a_deadlock_lets_the_other_finish_and_tries_again(connect, db, make_job, service):
