@@ -241,3 +241,13 @@ def test_the_cost_does_not_depend_on_the_size_of_the_tables(db, make_job):
     db.execute("SELECT emergency_stop_job(%s)", (job_id,))
     db.execute("SELECT pg_stat_force_next_flush()" if db.info.server_version >= 150000 else "SELECT")
     assert db.execute(read).fetchone()[0] - before < 1_000
+
+
+def test_an_id_too_long_for_a_notification_is_stopped_all_the_same(db, connect, make_job, stop):
+    db.execute("ALTER TABLE jobs DROP CONSTRAINT jobs_id_check")  # as in a table from before the installation
+    listener = connect()
+    listener.execute("LISTEN emergency_stop")
+
+    assert stop(make_job("x" * 8_000, running=1))["executions_stopped"] == 1
+    stop(make_job("a"))
+    assert [json.loads(notice.payload)["job_id"] for notice in listener.notifies(timeout=10, stop_after=1)] == ["a"]

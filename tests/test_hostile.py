@@ -249,12 +249,26 @@ def test_an_execution_whose_status_nobody_knows_does_not_start_on_a_job_that_has
     assert count_active(db, job_id) == 0
 
 
-def test_an_execution_that_has_the_mark_without_having_been_stopped_is_free(connect, db, make_job):
+@pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+def test_a_job_that_had_ended_with_executions_left_over_stays_ended(connect, make_job, stop, status):
+    job_id = make_job(status=status)
+    make_leftover = connect()
+    make_leftover.execute("SET session_replication_role = replica")  # which no guard sees
+    make_leftover.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    assert stop(job_id)["action"] == "executions_stopped"
+
+    with pytest.raises(REFUSED, match=f"is {status} by an emergency stop and stays so"):
+        connect().execute("UPDATE jobs SET status = 'pending'")
+
+
+def test_what_has_the_mark_without_having_been_stopped_is_free(connect, db, make_job):
     make_job(running=1)
     db.execute("""UPDATE executions SET output = '{"emergency_stop": true}'""")
+    db.execute("""UPDATE jobs SET metadata = '{"emergency_stop": true}'""")
 
     connect().execute("UPDATE executions SET status = 'completed'")
-    assert db.execute("SELECT status FROM executions").fetchall() == [("completed",)]
+    connect().execute("UPDATE jobs SET status = 'pending', metadata = NULL")
+    assert db.execute("SELECT e.status, j.status FROM executions e, jobs j").fetchall() == [("completed", "pending")]
 
 
 STALE = "(SELECT metadata FROM jobs WHERE id = 'stale copy')"
