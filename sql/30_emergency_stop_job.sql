@@ -82,7 +82,6 @@ BEGIN
         WHEN lock_not_available THEN
             v_done := false;
         WHEN no_data_found THEN
-            PERFORM set_config('lock_timeout', v_lock_timeout, true);
             RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);
     END;
 

@@ -201,8 +201,9 @@ def test_the_callers_lock_timeout_is_as_it_was(connect, make_job, setting):
     session = connect(autocommit=False)
     session.execute(f"SET LOCAL lock_timeout = '{setting}'")
 
-    session.execute("SELECT emergency_stop_job(%s)", (job_id,))
-    assert session.execute("SHOW lock_timeout").fetchone() == (setting,)
+    for id in (job_id, job_id, "unknown"):
+        session.execute("SELECT emergency_stop_job(%s)", (id,))
+        assert session.execute("SHOW lock_timeout").fetchone() == (setting,)
 
 
 def test_a_rolled_back_stop_has_not_happened(connect, db, make_job):
