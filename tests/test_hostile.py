@@ -510,14 +510,16 @@ def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(conne
     assert 1.9 < time.monotonic() - started < 3
 
 
-def test_a_stop_that_falls_victim_to_a_deadlock_lets_the_other_finish_and_tries_again(connect, db, make_job, service):
-    """Naive: the stop ended with 40P01. PostgreSQL picks it, because it is the one that has waited for longer."""
+def test_a_stop_that_falls_victim_to_a_deadlock_lets_the_other_finish_and_tries_again(connect, db, make_job):
+    """Naive: the stop ended with 40P01. PostgreSQL picks the first one that looks for a deadlock and finds it."""
     job_id = make_job(running=2)
-    worker = connect(autocommit=False)
+    worker, stopper = connect(autocommit=False), connect()
+    worker.execute("SET LOCAL deadlock_timeout = '60s'")
     worker.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    stopper.execute("SET deadlock_timeout = '2s'")
 
-    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
-        wait_until(lambda: is_waiting(db, service))
+    with in_thread(lambda: stopper.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, stopper))
         worker.execute("UPDATE executions SET status = 'completed' WHERE id = 1")
         worker.commit()
     assert (stop.result["message"], stop.result["executions_stopped"]) == ("Job emergency stopped", 1)
