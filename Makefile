@@ -24,7 +24,7 @@ test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poo
 bench: .venv/debian-bench  ## Measure speed against its limits and its peers (Debian, as root; under ten minutes)
 	@/usr/bin/python3 -m venv .venv/bench/python  # Debian's own, which is built to be fast, whatever PYTHON is
 	@.venv/bench/python/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[embedded,test]' \
-		granian bjoern fastapi 'uvicorn[standard]' asyncpg flask sqlalchemy psycopg2-binary gunicorn
+		granian bjoern cheroot fastapi 'uvicorn[standard]' asyncpg flask sqlalchemy psycopg2-binary gunicorn
 	@.venv/bench/python/bin/python tests/bench/bench.py $(ARGS)
 
 lint: $(STAMP)  ## Check style and types
