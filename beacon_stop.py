@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import posixpath
+import random
 import re
 import resource
 import secrets
@@ -55,6 +56,7 @@ from functools import cached_property, lru_cache
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 from urllib.parse import parse_qs, unquote_to_bytes
@@ -71,6 +73,7 @@ __all__ = ["ConfigurationError", "application", "create_app"]
 # What the service calls. Nothing else of the database is touched by it.
 
 STOP_JOB = "SELECT emergency_stop_job(%s, %s)::text"
+STOP_JOBS = "SELECT id, summary::text FROM emergency_stop_jobs(%s, %s)"
 STOP_BLOCKERS = "SELECT pid, application_name, state, transaction_seconds::float8 FROM emergency_stop_blockers(%s)"
 END_BLOCKERS = """
     SELECT emergency_stop_end_blockers(%s)::text
@@ -80,6 +83,7 @@ GET_JOB = "SELECT get_job(%s)::text"
 LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %s, %s)"
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
 REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
+CAN_STOP_JOBS = "SELECT COALESCE(has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text[])'), 'EXECUTE'), false)"
 MISSING_FUNCTIONS = """
     SELECT f FROM unnest(%s::text[]) AS f
     WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)
@@ -118,6 +122,9 @@ PAGE_ROWS = 1_000  # of a listing, read from the database at a time
 PAGE_BYTES = 256 * 1024  # the same, whichever comes first
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
+GROUP_SIZE = 16  # stops in one transaction, at most: two subtransactions each, of the 64 that others can look up fast
+GROUP_LOCK_TIMEOUT = 0.005  # seconds that such a stop waits for locked rows, before it goes by itself
+GROUP_TIMEOUT = 0.25  # seconds that all of them may take, before each goes by itself
 SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
 RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
 
@@ -276,7 +283,7 @@ class Request:
         self.started = time.monotonic()
         self.method: str = environ["REQUEST_METHOD"]
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"{random.getrandbits(128):032x}"
         # For the log line of an admin call, filled in as they become known:
         self.client: str | None = None
         self.job_id: str | None = None
@@ -484,16 +491,18 @@ class BoundedConnection(psycopg.Connection[Any]):
 class Database:
     """Two pools of autocommit connections: the admin's, which are kept open and no reader uses, and the readers'.
 
-    Beside the admin's, to the same database, there are two single connections: `watch`, for asking who holds up a stop
-    while it waits, and `health`. Behind a pooler, where each transaction may meet another session, no session is set up
-    and nothing is prepared.
+    Beside the admin's, to the same database, there are three single connections: `group`, for stops that share a
+    transaction, `watch`, for asking who holds up a stop while it waits, and `health`. Behind a pooler, where each
+    transaction may meet another session, no session is set up and nothing is prepared.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.away = set[str]()  # the pools whose last attempt to connect has failed
         self.pooled = set[str]()  # those whose last connection was to a pooler
+        self.can_group = False  # there is a connection for stops that share a transaction, and the function for them
         self.admin = self._pool("admin", settings.database_url, settings.admin_pool, settings.admin_pool)
+        self.group = self._pool("group", settings.database_url, 1, 1)
         self.watch = self._pool("watch", settings.database_url, 1, 1)
         self.health = self._pool("health", settings.database_url, 1, 1)
         self.read = self._pool("read", settings.read_database_url, 1, settings.read_pool)
@@ -521,6 +530,7 @@ class Database:
 
     def _try_anew(self, pool: ConnectionPool[Any]) -> None:
         self.away.add(pool.name)
+        self.can_group = self.can_group and pool.name != "group"
         if pool.get_stats()["requests_waiting"]:  # else the next call does; nobody else would for those who wait
             pool.check()
 
@@ -533,11 +543,16 @@ class Database:
             connection.cursor_factory = psycopg.ClientCursor
             return
         self.pooled.discard(name)
+        lock_timeout, statement_timeout = self.settings.lock_timeout, self.settings.statement_timeout
+        if name == "group":
+            lock_timeout, statement_timeout = min(GROUP_LOCK_TIMEOUT, lock_timeout), min(GROUP_TIMEOUT, statement_timeout)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
             " set_config('default_transaction_isolation', 'read committed', false)",
-            (f"{self.settings.lock_timeout * 1000:.0f}", f"{self.settings.statement_timeout * 1000:.0f}"),
+            (f"{lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
         )
+        if name == "group":
+            (self.can_group,) = cast(tuple[bool], connection.execute(CAN_STOP_JOBS).fetchone())
 
     def call(
         self, pool: ConnectionPool[BoundedConnection], query: str, parameters: Iterable[Any], timeout: float | None = None
@@ -550,7 +565,7 @@ class Database:
             connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
             silent = False
             try:
-                connection.patience = self.settings.statement_timeout + SILENCE
+                connection.patience = SILENCE + (GROUP_TIMEOUT if pool is self.group else self.settings.statement_timeout)
                 if connection.cursor_factory is not psycopg.ClientCursor:
                     return connection.only_cursor.execute(query, tuple(parameters)).fetchall()
                 # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
@@ -580,7 +595,7 @@ class Database:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        for pool in (self.admin, self.watch, self.health, self.read):
+        for pool in (self.admin, self.group, self.watch, self.health, self.read):
             pool.close()
 
 
@@ -670,13 +685,52 @@ class Application:
 
 
 class Turn:
-    """The calls at work on one job: how many there are, the slots for them, and the second look at it if it is locked."""
+    """The calls at work on one job: how many there are, the slots for those beside the first, and the second look at it if it is locked."""
 
     def __init__(self) -> None:
         self.calls = 0
-        self.slots = threading.Semaphore(2)
+        self.slot = threading.Lock()
         self.force_slot = threading.Lock()
         self.look: Future[None] | None = None
+
+
+class GroupCommit:
+    """Lets stops that are asked for at the same time share a transaction: one round trip, one `NOTIFY`, one flush.
+
+    While one is at work, those that arrive gather for the next one. It waits for nobody for long: a stop that
+    would have to goes by itself, and so do all if one of them fails or takes its time.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.lock = threading.Lock()  # for the two below
+        self.at_work = False
+        self.gathered: list[tuple[str, str | None, SimpleQueue[str | None]]] = []
+
+    def stop(self, job_id: str, reason: str | None) -> str | None:
+        """emergency_stop_job's answer once it is committed, or None: then nothing has been done, and the stop has to go by itself."""
+        told: SimpleQueue[str | None] = SimpleQueue()
+        with self.lock:
+            self.gathered.append((job_id, reason, told))
+            leads, self.at_work = not self.at_work, True
+        if not leads and (answer := told.get()) != "lead":
+            return answer
+        with self.lock:
+            members, self.gathered = self.gathered[:GROUP_SIZE], self.gathered[GROUP_SIZE:]
+        answers: dict[str, str | None] = {}
+        try:
+            ids, reasons = [member[0] for member in members], [member[1] for member in members]
+            answers = dict(self.database.call(self.database.group, STOP_JOBS, (ids, reasons), timeout=0.1))
+        except psycopg.Error:  # whatever it is, those whom it concerns will meet it by themselves
+            pass
+        finally:
+            with self.lock:
+                self.at_work = bool(self.gathered)
+                if self.at_work:
+                    self.gathered[0][2].put("lead")
+            for id, _, teller in members:
+                teller.put(answers.get(id))
+        return told.get()
 
 
 class Service:
@@ -688,6 +742,7 @@ class Service:
         self.failed_calls = RateLimiter(settings.failed_rate)
         self.reads = RateLimiter(settings.read_rate)
         self.database = Database(settings)
+        self.group = GroupCommit(self.database)
         self.lock = threading.Lock()
         self.turns: dict[str, Turn] = {}  # by job, while there are calls for it
         self.pooled_look = threading.Semaphore(1)
@@ -721,20 +776,25 @@ class Service:
         leaves the others to other jobs; those who wait learn from the second look at it who holds it.
         """
         with self.lock:
-            turn = self.turns.setdefault(job_id, Turn())
+            turn = self.turns.get(job_id) or self.turns.setdefault(job_id, Turn())
             turn.calls += 1
+            first, others = turn.calls == 1, len(self.turns) > 1
         try:
             if force:
                 with turn.force_slot:
                     return self.try_stop(turn, job_id, reason, force)
-            while not turn.slots.acquire(timeout=0.1):
+            if first:
+                # A stop that comes while others are at work shares a transaction with those that come with it.
+                answer = self.group.stop(job_id, reason) if others and self.database.can_group else None
+                return answer or self.try_stop(turn, job_id, reason, force)
+            while not turn.slot.acquire(timeout=0.1):
                 look = turn.look
                 if look and (error := look.exception()):
                     raise error
             try:
                 return self.try_stop(turn, job_id, reason, force)
             finally:
-                turn.slots.release()
+                turn.slot.release()
         finally:
             with self.lock:
                 turn.calls -= 1

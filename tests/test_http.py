@@ -100,6 +100,7 @@ TIDIED = {
         "/admin/jobs/\u00c3\u00a4%2Fb/emergency-stop",
         {"REQUEST_URI": "/admin/jobs/%C3%A4%2Fb/emergency-stop"},
     ),
+    "nothing decoded": ("a/b", "/admin/jobs/a%2Fb/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2Fb/emergency-stop"}),
     "a percent sign": ("a%2Fb", "/admin/jobs/a%2Fb/emergency-stop", {"RAW_URI": "/admin/jobs/a%252Fb/emergency-stop"}),
     "bytes": ("ä//b", "/admin/jobs/\u00c3\u00a4/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"}),
     "below a prefix": ("a//b", "/admin/jobs/a/b/emergency-stop", {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"}),

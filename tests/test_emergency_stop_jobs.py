@@ -1,0 +1,242 @@
+"""sql/33_emergency_stop_jobs.sql, and the calls over HTTP that share a transaction by it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import psycopg
+import pytest
+from conftest import Client, count_active, in_thread, is_waiting, wait_until
+
+STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
+
+# --- In SQL ---
+
+
+def test_each_gets_the_answer_and_the_record_that_it_would_get_alone(db, service, make_job, stop):
+    running, ended, leftovers = make_job("a", running=3), make_job("b", status="completed"), make_job("d", status="failed", running=2)
+    other = make_job(running=1)
+
+    rows = service.execute(STOP_JOBS, ([leftovers, "c", ended, running], ["late", None, "no use", "loops"])).fetchall()
+    assert [id for id, _ in rows] == ["a", "b", "c", "d"]
+    stopped, none, unknown, late = (summary for _, summary in rows)
+    assert (stopped["message"], stopped["executions_stopped"], stopped["reason"]) == ("Job emergency stopped", 3, "loops")
+    assert none == stop(ended)
+    assert unknown == stop("c") == {"error": "job not found", "job_id": "c"}
+    assert (late["action"], late["executions_stopped"], late["reason"]) == ("executions_stopped", 2, "late")
+    assert db.execute("SELECT job_id, executions_stopped, reason FROM emergency_stops ORDER BY id").fetchall() == [
+        ("a", 3, "loops"),
+        ("d", 2, "late"),
+    ]
+    assert [count_active(db, id) for id in (running, leftovers, other)] == [0, 0, 1]
+
+
+def test_no_ids_fewer_reasons_and_the_same_id_twice(service, make_job):
+    job_id = make_job(running=1)
+
+    assert service.execute(STOP_JOBS, ([], [])).fetchall() == []
+    assert service.execute(STOP_JOBS, (None, None)).fetchall() == []
+    first, second = service.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id, job_id],)).fetchall()
+    assert (first[0]["executions_stopped"], second[0]["action"]) == (1, "none")
+
+
+def test_a_locked_job_is_left_out_and_the_others_are_stopped(db, connect, service, make_job):
+    jobs = [make_job(id, running=2) for id in ("a", "b", "c")]
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = 'b'")
+    service.execute("SET lock_timeout = '50ms'")
+
+    rows = dict(service.execute(STOP_JOBS, (jobs, None)).fetchall())
+    assert [bool(rows[id]) for id in jobs] == [True, False, True]
+    assert [count_active(db, id) for id in jobs] == [0, 2, 0]
+    assert db.execute("SELECT array_agg(job_id ORDER BY job_id) FROM emergency_stops").fetchone() == (["a", "c"],)
+    assert service.execute("SHOW lock_timeout").fetchone() == ("50ms",)
+
+    with service.transaction():
+        service.execute(STOP_JOBS, (["b"], None))
+        assert db.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)  # its barrier is let go of
+    worker.rollback()
+
+
+def test_it_gives_way_where_its_own_transaction_is_waited_for(db, connect, make_job):
+    make_job("a", running=1), make_job("b", running=1)
+    ours, theirs = connect(autocommit=False), connect(autocommit=False)
+    ours.execute("SET deadlock_timeout = '50ms'")
+    ours.execute("SELECT emergency_stop_job('b')")
+    theirs.execute("SELECT emergency_stop_job('a')")
+    with in_thread(theirs.execute, "SELECT emergency_stop_job('b')"):
+        wait_until(lambda: is_waiting(db, theirs))
+        assert ours.execute(STOP_JOBS, (["a"], None)).fetchone() == ("a", None)
+        ours.commit()
+    theirs.commit()
+
+    assert db.execute("SELECT array_agg(job_id ORDER BY job_id) FROM emergency_stops").fetchone() == (["a", "b"],)
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_what_emergency_stop_job_refuses_is_refused_for_all(db, service, make_job, isolation):
+    jobs = [make_job(running=1), make_job(running=1)]
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue):
+        service.execute(STOP_JOBS, (jobs, [None, "x" * 1001]))
+    with pytest.raises(psycopg.errors.InvalidTransactionState), service.transaction():
+        service.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
+        service.execute(STOP_JOBS, (jobs, None))
+    assert [count_active(db, id) for id in jobs] == [1, 1]
+
+
+def test_the_commit_is_durable(service, make_job):
+    service.execute("SET synchronous_commit = off")
+    with service.transaction():
+        service.execute(STOP_JOBS, ([make_job(running=1), make_job(running=1)], None))
+        assert service.execute("SHOW synchronous_commit").fetchone() == ("on",)
+
+
+# --- Over HTTP ---
+
+
+@pytest.fixture
+def slow(db):
+    """Stops of jobs whose id begins with `slow-` take half a second, those that begin with `bad-` fail."""
+    db.execute("""
+        CREATE FUNCTION hold_up() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.id LIKE 'bad-%' THEN
+                RAISE feature_not_supported;
+            END IF;
+            PERFORM pg_sleep(0.5);
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER hold_up BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id ~ '^(slow|bad)-') EXECUTE FUNCTION hold_up()""")
+
+
+@pytest.fixture
+def seen(db):
+    """A table of the transactions that have stopped jobs, and of whose sessions they were."""
+    db.execute("""
+        CREATE TABLE seen (job_id text, name text, transaction bigint);
+        GRANT INSERT ON seen TO PUBLIC;
+        CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO seen VALUES (NEW.id, current_setting('application_name'), txid_current());
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER see BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION see()""")
+
+
+def sleeps(db, count=1):
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    return db.execute(query).fetchone()[0] >= count
+
+
+@contextmanager
+def stops_at_work(client, db, *ids):
+    """Run a block while stops of slow jobs are at work, the first by itself, the second in a group."""
+    with ThreadPoolExecutor(len(ids)) as executor:
+        answers = SimpleNamespace(futures=[])
+        for number, id in enumerate(ids, 1):
+            answers.futures.append(executor.submit(client.stop, id))
+            wait_until(lambda number=number: sleeps(db, number))
+        yield answers
+        answers.all = [future.result() for future in answers.futures]
+
+
+def stop_all(client, ids):
+    with ThreadPoolExecutor(len(ids)) as executor:
+        return list(executor.map(client.stop, ids))
+
+
+def test_a_stop_that_is_alone_is_in_no_group(client, db, make_job, seen):
+    assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
+    assert db.execute("SELECT name FROM seen").fetchall() == [("beacon-stop admin",)]
+
+
+def test_stops_that_come_together_share_transactions(client, db, make_job, slow, seen):
+    first = make_job("slow-1", running=1)
+    others = [make_job(f"job-{number}", running=2) for number in range(40)]
+
+    with stops_at_work(client, db, first) as at_work:
+        answers = stop_all(client, others)
+    assert {answer.status for answer in [*answers, *at_work.all]} == {200}
+    assert [answer.json["job_id"] for answer in answers] == others
+    assert {answer.json["executions_stopped"] for answer in answers} == {2}
+    transactions, largest = db.execute("""
+        SELECT count(*), max(t.stops) FROM (
+            SELECT count(*) AS stops FROM seen WHERE name = 'beacon-stop group' GROUP BY transaction
+        ) AS t""").fetchone()
+    assert transactions < 40
+    assert 1 < largest <= 16
+    assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (41, 41)
+
+
+def test_a_locked_job_holds_up_none_of_those_beside_it(make_app, connect, db, make_job, slow):
+    client = Client(make_app(lock_timeout="1s"))
+    locked = make_job("a-locked", running=1)
+    others = [make_job(f"job-{number}", running=1) for number in range(12)]
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = 'a-locked'")
+
+    with stops_at_work(client, db, make_job("slow-1", running=1)), ThreadPoolExecutor(1) as executor:
+        refused = executor.submit(client.stop, locked)
+        answers = stop_all(client, others)
+        assert not refused.done()
+        assert {answer.status for answer in answers} == {200}
+        blocked_by = refused.result().json["blocked_by"]
+    assert (refused.result().status, [blocker["pid"] for blocker in blocked_by]) == (503, [worker.info.backend_pid])
+    worker.rollback()
+    assert client.stop(locked).json["executions_stopped"] == 1
+
+
+def test_a_stop_that_takes_its_time_goes_by_itself_and_so_do_those_beside_it(client, db, make_job, slow):
+    first, second = make_job("slow-1", running=1), make_job("slow-2", running=1)
+    others = [make_job(f"job-{number}", running=1) for number in range(6)]
+
+    with stops_at_work(client, db, first, second) as at_work:
+        answers = stop_all(client, others)
+    assert [answer.json["executions_stopped"] for answer in [*at_work.all, *answers]] == [1] * 8
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (8,)
+
+
+def test_an_error_of_one_is_no_error_of_the_others(client, db, make_job, slow):
+    first, bad = make_job("slow-1", running=1), make_job("bad-1", running=1)
+    others = [make_job(f"job-{number}", running=1) for number in range(6)]
+
+    with stops_at_work(client, db, first):
+        answers = stop_all(client, [*others, bad])
+    assert [answer.status for answer in answers] == [200] * 6 + [500]
+    assert [count_active(db, id) for id in (*others, bad)] == [0] * 6 + [1]
+
+
+def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make_job, slow):
+    first, second, third = (make_job(f"slow-{number}", running=1) for number in range(3))
+
+    end = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE application_name = 'beacon-stop group' AND datname = current_database()"""
+    with stops_at_work(client, db, first, second) as at_work:
+        assert db.execute(end).fetchall() == [(True,)]
+        assert client.stop(third).json["executions_stopped"] == 1
+    assert [answer.json["executions_stopped"] for answer in at_work.all] == [1, 1]
+    assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (3, 3)
+
+
+def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow):
+    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_jobs(text[], text[]) FROM beacon_service")
+    client = Client(make_app())
+    others = [make_job(f"job-{number}", running=1) for number in range(6)]
+
+    assert client("GET", "/health/ready").status == 200
+    with stops_at_work(client, db, make_job("slow-1", running=1), make_job("slow-2", running=1)):
+        answers = stop_all(client, others)
+    assert {answer.json["executions_stopped"] for answer in answers} == {1}
+    names = db.execute("SELECT DISTINCT query FROM pg_stat_activity WHERE application_name = 'beacon-stop group'").fetchall()
+    assert not [query for (query,) in names if "FROM emergency_stop_jobs" in query]
+
+
+def test_a_forced_stop_and_a_second_call_for_the_same_job_are_in_no_group(client, db, make_job, slow, seen):
+    first, second, third = make_job("slow-1", running=1), make_job("slow-2", running=1), make_job(running=1)
+
+    with stops_at_work(client, db, first, second) as at_work:
+        assert client.stop(third, b'{"force": true}').json["executions_stopped"] == 1
+        assert client.stop(first).json["action"] == "none"
+    assert [answer.json["executions_stopped"] for answer in at_work.all] == [1, 1]
+    assert db.execute("SELECT DISTINCT name FROM seen WHERE job_id IN (%s, %s)", (first, third)).fetchall() == [("beacon-stop admin",)]
