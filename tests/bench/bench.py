@@ -311,8 +311,8 @@ def alternatives() -> list[Contender]:
                 "--keep-alive", "75", "--bind", "127.0.0.1:{port}"]  # fmt: skip
     return [
         granian(1, 16, pool=4), granian(2, 1), granian(2, 8, pool=4), granian(2, 16, pool=4), granian(3, 8, pool=4), bjoern(),
-        service("cheroot 8", 8, cheroot), service("gunicorn 2x8", 8, gunicorn), stdlib(4), stdlib(16), fastapi(2), fastapi(3), fastapi(4), node(1, 16), node(2, 2),
-        node(2, 4), go(2), go(3), go(4), flask(2), flask(4), flask(8),
+        service("cheroot 8", 8, cheroot), service("gunicorn 2x8", 8, gunicorn), stdlib(4), stdlib(16), fastapi(2), fastapi(3),
+        fastapi(4), node(1, 16), node(2, 2), node(2, 4), go(2), go(3), go(4), flask(2), flask(4), flask(8),
     ]  # fmt: skip
 
 
