@@ -565,7 +565,7 @@ class Database:
             connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
             silent = False
             try:
-                connection.patience = SILENCE + (GROUP_TIMEOUT if pool is self.group else self.settings.statement_timeout)
+                connection.patience = self.settings.statement_timeout + SILENCE
                 if connection.cursor_factory is not psycopg.ClientCursor:
                     return connection.only_cursor.execute(query, tuple(parameters)).fetchall()
                 # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
@@ -588,8 +588,9 @@ class Database:
             finally:
                 connection.patience = SILENCE
                 pool.putconn(connection)
-            if silent:
-                pool.drain()  # those beside it would be found silent one after the other
+            if silent:  # those beside it would be found silent one after the other
+                for each in (self.read,) if pool is self.read else (self.admin, self.group, self.watch, self.health):
+                    each.drain()
             elif connection.closed:
                 pool.check()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")

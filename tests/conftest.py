@@ -93,6 +93,8 @@ def create_service_role(**connection: Any) -> None:
             db.execute(create_role)
         db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
         db.execute(grants)
+        with suppress(psycopg.errors.UndefinedFunction):  # on a PL/Proxy front
+            db.execute(readme_block("sql", "GRANT EXECUTE ON FUNCTION emergency_stop_jobs"))
 
 
 installed = factories.postgresql_noproc(depends_on="database_server", load=[*beacon_stop.sql_files(), create_service_role])
