@@ -56,9 +56,9 @@ from functools import cached_property, lru_cache
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote_to_bytes
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
@@ -73,7 +73,7 @@ __all__ = ["ConfigurationError", "application", "create_app"]
 # What the service calls. Nothing else of the database is touched by it.
 
 STOP_JOB = "SELECT emergency_stop_job(%s, %s)::text"
-STOP_JOBS = "SELECT id, summary::text FROM emergency_stop_jobs(%s, %s)"
+STOP_JOBS = "SELECT summary::text FROM emergency_stop_jobs(%s, %s)"
 STOP_BLOCKERS = "SELECT pid, application_name, state, transaction_seconds::float8 FROM emergency_stop_blockers(%s)"
 END_BLOCKERS = """
     SELECT emergency_stop_end_blockers(%s)::text
@@ -123,8 +123,8 @@ PAGE_BYTES = 256 * 1024  # the same, whichever comes first
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
 GROUP_SIZE = 16  # stops in one transaction, at most: two subtransactions each, of the 64 that others can look up fast
-GROUP_LOCK_TIMEOUT = 0.005  # seconds that such a stop waits for locked rows, before it goes by itself
-GROUP_TIMEOUT = 0.25  # seconds that all of them may take, before each goes by itself
+GROUP_TIMEOUT = 0.25  # seconds that all of them may take, and others wait for them, before each goes by itself
+GROUP_PAUSE = 5.0  # seconds in which each goes by itself, after that has happened
 SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
 RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
 
@@ -531,7 +531,8 @@ class Database:
     def _try_anew(self, pool: ConnectionPool[Any]) -> None:
         self.away.add(pool.name)
         self.can_group = self.can_group and pool.name != "group"
-        if pool.get_stats()["requests_waiting"]:  # else the next call does; nobody else would for those who wait
+        # For those who wait nobody else would do it, nor where nobody asks before it is there; else the next call does.
+        if pool.get_stats()["requests_waiting"] or (pool.name == "group" and not pool.closed):
             pool.check()
 
     def _configure(self, name: str, connection: BoundedConnection) -> None:
@@ -541,15 +542,14 @@ class Database:
             self.pooled.add(name)
             connection.prepare_threshold = None
             connection.cursor_factory = psycopg.ClientCursor
+            self.can_group = self.can_group and name != "group"
             return
         self.pooled.discard(name)
-        lock_timeout, statement_timeout = self.settings.lock_timeout, self.settings.statement_timeout
-        if name == "group":
-            lock_timeout, statement_timeout = min(GROUP_LOCK_TIMEOUT, lock_timeout), min(GROUP_TIMEOUT, statement_timeout)
+        statement_timeout = min(GROUP_TIMEOUT if name == "group" else math.inf, self.settings.statement_timeout)
         connection.execute(
             "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
             " set_config('default_transaction_isolation', 'read committed', false)",
-            (f"{lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
+            (f"{self.settings.lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
         )
         if name == "group":
             (self.can_group,) = cast(tuple[bool], connection.execute(CAN_STOP_JOBS).fetchone())
@@ -695,43 +695,88 @@ class Turn:
         self.look: Future[None] | None = None
 
 
+class Member(NamedTuple):
+    """A stop that waits to be taken into a group."""
+
+    job_id: str
+    reason: str | None
+    told: SimpleQueue[str | None]  # its answer; None to go by itself; LEAD to take the next group to the database
+
+
+LEAD = "lead"
+
+
 class GroupCommit:
     """Lets stops that are asked for at the same time share a transaction: one round trip, one `NOTIFY`, one flush.
 
-    While one is at work, those that arrive gather for the next one. It waits for nobody for long: a stop that
-    would have to goes by itself, and so do all if one of them fails or takes its time.
+    While a group is at work, those that arrive gather for the next one. A stop that others hold up goes by itself, and so
+    do all when the group fails or does not end in time.
     """
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.lock = threading.Lock()  # for the two below
+        self.lock = threading.Lock()  # for what follows
         self.at_work = False
-        self.gathered: list[tuple[str, str | None, SimpleQueue[str | None]]] = []
+        self.late = 0.0  # when a group that is at work should have ended
+        self.paused_until = 0.0
+        self.gathered: list[Member] = []
 
     def stop(self, job_id: str, reason: str | None) -> str | None:
         """emergency_stop_job's answer once it is committed, or None: then nothing has been done, and the stop has to go by itself."""
-        told: SimpleQueue[str | None] = SimpleQueue()
+        me = Member(job_id, reason, SimpleQueue())
         with self.lock:
-            self.gathered.append((job_id, reason, told))
-            leads, self.at_work = not self.at_work, True
-        if not leads and (answer := told.get()) != "lead":
-            return answer
-        with self.lock:
-            members, self.gathered = self.gathered[:GROUP_SIZE], self.gathered[GROUP_SIZE:]
-        answers: dict[str, str | None] = {}
+            now = time.monotonic()
+            if now < self.paused_until or (self.at_work and now > self.late):
+                return None
+            if self.at_work:
+                self.gathered.append(me)
+            else:
+                self.at_work, self.late = True, now + GROUP_TIMEOUT
+                me.told.put(LEAD)
+        answer = self.wait(me)
+        return self.lead(me) if answer == LEAD else answer
+
+    def wait(self, me: Member) -> str | None:
+        """What a member is told; None once it has waited for too long to be taken."""
         try:
-            ids, reasons = [member[0] for member in members], [member[1] for member in members]
-            answers = dict(self.database.call(self.database.group, STOP_JOBS, (ids, reasons), timeout=0.1))
-        except psycopg.Error:  # whatever it is, those whom it concerns will meet it by themselves
-            pass
-        finally:
+            return me.told.get(timeout=GROUP_TIMEOUT)
+        except BaseException as error:  # Empty, or whatever ends a thread or a greenlet
             with self.lock:
-                self.at_work = bool(self.gathered)
-                if self.at_work:
-                    self.gathered[0][2].put("lead")
-            for id, _, teller in members:
-                teller.put(answers.get(id))
-        return told.get()
+                untaken = me in self.gathered
+                if untaken:
+                    self.gathered.remove(me)
+            if isinstance(error, Empty):
+                return None if untaken else me.told.get()
+            if not untaken and not me.told.empty() and me.told.get() == LEAD:
+                self.pass_on()
+            raise
+
+    def lead(self, me: Member) -> str | None:
+        with self.lock:
+            # In an order that all processes agree on, so that groups do not lock each other out.
+            members = sorted([me, *self.gathered[: GROUP_SIZE - 1]], key=lambda member: member.job_id)
+            del self.gathered[: GROUP_SIZE - 1]
+        answers: list[str | None] = []
+        try:
+            ids, reasons = [member.job_id for member in members], [member.reason for member in members]
+            answers = [answer for (answer,) in self.database.call(self.database.group, STOP_JOBS, (ids, reasons), timeout=0.1)]
+        except Exception as error:  # whatever it is, those whom it concerns will meet it by themselves
+            self.paused_until = time.monotonic() + GROUP_PAUSE
+            if not isinstance(error, psycopg.Error):
+                log_event("error", traceback=traceback.format_exc())
+        finally:
+            self.pass_on()
+            for member, answer in zip(members, [*answers, *[None] * len(members)], strict=False):
+                member.told.put(answer)
+        return me.told.get()
+
+    def pass_on(self) -> None:
+        """Let the first of those who have gathered lead the next group."""
+        with self.lock:
+            self.at_work = bool(self.gathered)
+            if self.gathered:
+                self.late = time.monotonic() + GROUP_TIMEOUT
+                self.gathered.pop(0).told.put(LEAD)
 
 
 class Service:

@@ -1,5 +1,7 @@
 """sql/33_emergency_stop_jobs.sql, and the calls over HTTP that share a transaction by it."""
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ from conftest import Client, count_active, in_thread, is_waiting, wait_until
 
 STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
 
+GROUP_SESSION = "FROM pg_stat_activity WHERE application_name = 'beacon-stop group' AND datname = current_database()"
+
 # --- In SQL ---
 
 
@@ -18,15 +22,15 @@ def test_each_gets_the_answer_and_the_record_that_it_would_get_alone(db, service
     other = make_job(running=1)
 
     rows = service.execute(STOP_JOBS, ([leftovers, "c", ended, running], ["late", None, "no use", "loops"])).fetchall()
-    assert [id for id, _ in rows] == ["a", "b", "c", "d"]
-    stopped, none, unknown, late = (summary for _, summary in rows)
+    assert [id for id, _ in rows] == ["d", "c", "b", "a"]
+    late, unknown, none, stopped = (summary for _, summary in rows)
     assert (stopped["message"], stopped["executions_stopped"], stopped["reason"]) == ("Job emergency stopped", 3, "loops")
     assert none == stop(ended)
     assert unknown == stop("c") == {"error": "job not found", "job_id": "c"}
     assert (late["action"], late["executions_stopped"], late["reason"]) == ("executions_stopped", 2, "late")
     assert db.execute("SELECT job_id, executions_stopped, reason FROM emergency_stops ORDER BY id").fetchall() == [
-        ("a", 3, "loops"),
         ("d", 2, "late"),
+        ("a", 3, "loops"),
     ]
     assert [count_active(db, id) for id in (running, leftovers, other)] == [0, 0, 1]
 
@@ -44,16 +48,17 @@ def test_a_locked_job_is_left_out_and_the_others_are_stopped(db, connect, servic
     jobs = [make_job(id, running=2) for id in ("a", "b", "c")]
     worker = connect(autocommit=False)
     worker.execute("UPDATE executions SET output = '{}' WHERE job_id = 'b'")
-    service.execute("SET lock_timeout = '50ms'")
+    service.execute("SET lock_timeout = '5s'")
 
     rows = dict(service.execute(STOP_JOBS, (jobs, None)).fetchall())
     assert [bool(rows[id]) for id in jobs] == [True, False, True]
     assert [count_active(db, id) for id in jobs] == [0, 2, 0]
     assert db.execute("SELECT array_agg(job_id ORDER BY job_id) FROM emergency_stops").fetchone() == (["a", "c"],)
-    assert service.execute("SHOW lock_timeout").fetchone() == ("50ms",)
+    assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)
 
     with service.transaction():
         service.execute(STOP_JOBS, (["b"], None))
+        assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)  # of the commit, too
         assert db.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)  # its barrier is let go of
     worker.rollback()
 
@@ -61,7 +66,7 @@ def test_a_locked_job_is_left_out_and_the_others_are_stopped(db, connect, servic
 def test_it_gives_way_where_its_own_transaction_is_waited_for(db, connect, make_job):
     make_job("a", running=1), make_job("b", running=1)
     ours, theirs = connect(autocommit=False), connect(autocommit=False)
-    ours.execute("SET deadlock_timeout = '50ms'")
+    ours.execute("SET deadlock_timeout = '1ms'")
     ours.execute("SELECT emergency_stop_job('b')")
     theirs.execute("SELECT emergency_stop_job('a')")
     with in_thread(theirs.execute, "SELECT emergency_stop_job('b')"):
@@ -210,13 +215,48 @@ def test_an_error_of_one_is_no_error_of_the_others(client, db, make_job, slow):
 def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make_job, slow):
     first, second, third = (make_job(f"slow-{number}", running=1) for number in range(3))
 
-    end = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-        WHERE application_name = 'beacon-stop group' AND datname = current_database()"""
     with stops_at_work(client, db, first, second) as at_work:
-        assert db.execute(end).fetchall() == [(True,)]
+        assert db.execute(f"SELECT pg_terminate_backend(pid) {GROUP_SESSION}").fetchall() == [(True,)]
         assert client.stop(third).json["executions_stopped"] == 1
     assert [answer.json["executions_stopped"] for answer in at_work.all] == [1, 1]
     assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (3, 3)
+
+
+def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(client, db, make_job, slow):
+    first, hangs = make_job("slow-1", running=1), make_job(running=1)
+    others = [make_job(running=1) for _ in range(20)]
+    client.stop("nix")  # connects
+    pid = wait_until(lambda: db.execute(f"SELECT pid {GROUP_SESSION}").fetchone())[0]
+
+    with ThreadPoolExecutor(1) as executor:
+        with stops_at_work(client, db, first):
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                stuck = executor.submit(client.stop, hangs)
+                assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
+                assert not stuck.done()
+            finally:
+                os.kill(pid, signal.SIGCONT)
+        assert stuck.result().json["executions_stopped"] == 1
+
+
+def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow):
+    app = make_app()
+    client = Client(app)
+    client.stop("nix")  # connects
+    database = app.service().database
+    wait_until(lambda: database.can_group)
+
+    server, name = connect(server_url), db.info.dbname
+    server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    try:
+        db.execute(f"SELECT pg_terminate_backend(pid) {GROUP_SESSION}")
+        with stops_at_work(client, db, make_job("slow-1", running=1)):
+            assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
+        wait_until(lambda: not database.can_group)
+    finally:
+        server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    wait_until(lambda: database.can_group)
 
 
 def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow):
