@@ -26,7 +26,7 @@ DECLARE
     v_barrier      CONSTANT bigint := hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_deadline     timestamptz;
-    v_wait         interval := '200ms';  -- a stop takes less, if it waits for nobody: then there is nothing to look for
+    v_wait         interval := '100ms';  -- a stop takes less, if it waits for nobody: then there is nothing to look for
     v_status       text;
 BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
