@@ -566,24 +566,19 @@ class Database:
             silent = False
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
-                if connection.cursor_factory is not psycopg.ClientCursor:
-                    return connection.only_cursor.execute(query, tuple(parameters)).fetchall()
-                # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
-                cursor = connection.only_cursor.execute(
-                    "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-                    f" SET LOCAL lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
-                    f" SET LOCAL statement_timeout = {self.settings.statement_timeout * 1000:.0f}; {query}",
-                    tuple(parameters),
-                )
-                while cursor.nextset():
-                    pass
-                return cursor.fetchall()
-            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction, errors.InternalError_) as error:
+                try:
+                    return self._run(connection, query, tuple(parameters))
+                except (errors.InternalError_, errors.AdminShutdown, errors.CrashShutdown) as error:
+                    if error.diag.severity_nonlocalized == "FATAL":
+                        raise
+                    # PL/Proxy has lost a shard's session. This session makes a new one; others may have to lose theirs yet.
+                    return self._run(connection, query, tuple(parameters))
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
                 silent = isinstance(error, ServerSilent)
                 # A server that ends, or that has become a standby: the next connection may find another one.
                 if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
                     connection.close()
-                if last_try or not (connection.closed or isinstance(error, errors.InternalError_)):  # the latter: a shard's was lost
+                if last_try or not connection.closed:
                     raise
             finally:
                 connection.patience = SILENCE
@@ -594,6 +589,20 @@ class Database:
             elif connection.closed:
                 pool.check()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")
+
+    def _run(self, connection: BoundedConnection, query: str, parameters: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if connection.cursor_factory is not psycopg.ClientCursor:
+            return connection.only_cursor.execute(query, parameters).fetchall()
+        # What is sent in one message is one transaction, and leaves nothing behind in whichever session it meets.
+        cursor = connection.only_cursor.execute(
+            "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+            f" SET LOCAL lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
+            f" SET LOCAL statement_timeout = {self.settings.statement_timeout * 1000:.0f}; {query}",
+            parameters,
+        )
+        while cursor.nextset():
+            pass
+        return cursor.fetchall()
 
     def close(self) -> None:
         for pool in (self.admin, self.group, self.watch, self.health, self.read):

@@ -86,6 +86,19 @@ def running(
         process.wait(10)
 
 
+@contextmanager
+def suspended(*processes: psutil.Process) -> Iterator[None]:
+    """SIGSTOP for the time of a block."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_running():
+                process.resume()
+
+
 class Cluster:
     """A private PostgreSQL of a given installation, with trust for everyone on the loopback interface."""
 

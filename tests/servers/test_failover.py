@@ -4,14 +4,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import psycopg
 import pytest
 from conftest import SERVICE_PASSWORD, TOKEN, Client, Service, create_service_role, new_folder, wait_until
-from processes import Cluster
+from processes import Cluster, suspended
 
 import beacon_stop
 
@@ -92,19 +92,6 @@ def promote(standby: Cluster) -> None:
     standby.run("pg_ctl", "promote", "-D", standby.data)
 
 
-@contextmanager
-def suspended(*processes: psutil.Process) -> Iterator[None]:
-    """SIGSTOP for the time of a block."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            if process.is_running():
-                process.resume()
-
-
 def family(cluster: Cluster) -> list[psutil.Process]:
     assert cluster.process
     postmaster = psutil.Process(cluster.process.pid)
@@ -178,6 +165,7 @@ def test_a_caller_who_waits_is_answered_once_the_standby_has_taken_over(pair, mo
     with closing(beacon_stop.create_app({}, admin_token=TOKEN, database_url=url_of(primary, standby))) as app:
         client = Client(app)
         assert client.stop("unknown").status == 404
+        app.service().database.admin.wait()  # or an attempt to connect from before the call would fail before it
         primary.kill()
         with ThreadPoolExecutor(1) as operator:
             call = operator.submit(client.stop, "job-0")

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Service, age, count_active, create_service_role, new_folder, readme_block, wait_until
-from processes import Cluster
+from processes import Cluster, suspended
 from psycopg.conninfo import make_conninfo
 
 import beacon_stop
@@ -246,6 +247,33 @@ def test_a_shard_whose_sessions_were_ended_costs_no_call(shards, service):
         server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'shard_' AND usename = 'beacon_service'")
 
     assert [service.stop(job_id).status for job_id in jobs] == [200] * 8
+
+
+def test_nor_does_a_session_of_a_shard_that_ends_when_it_is_called(shards, service):
+    """The second try does not go to another connection, whose session there may be about to end as well."""
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(40)]
+    with ThreadPoolExecutor(8) as callers:
+        list(callers.map(service.stop, jobs[1:]))
+    shard = shards.of(jobs[0])
+    sessions = {
+        port: psutil.Process(pid)
+        for port, pid in shard.execute(
+            "SELECT client_port, pid FROM pg_stat_activity WHERE datname = current_database() AND usename = 'beacon_service'"
+        )
+    }
+    assert len(sessions) >= 2
+    with ThreadPoolExecutor(1) as caller, suspended(*sessions.values()):
+        call = caller.submit(service.stop, jobs[0])
+        (front,) = wait_until(
+            lambda: shards.front.execute(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'beacon-stop admin' AND datname = 'front' AND state = 'active'"
+            ).fetchone()
+        )
+        ports = {connection.laddr.port for connection in psutil.Process(front).net_connections()}
+        (called,) = (session for port, session in sessions.items() if port in ports)
+        called.terminate()
+        called.resume()
+        assert call.result(10).status == 200
 
 
 def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cluster):
