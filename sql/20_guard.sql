@@ -3,6 +3,7 @@
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
 -- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do
 -- not: a stop that waits for the job's row is overtaken by inserters (their foreign key shares it) for ever.
+-- A second advisory lock is the stop's sign that it waits for rows: whoever queues for the barrier then gives way.
 
 DO $$
 BEGIN
@@ -15,7 +16,7 @@ $$;
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             above READ COMMITTED: the job has changed since the snapshot
---          deadlock_detected (40P01)                 a stop of it waits for rows that this transaction has locked
+--          deadlock_detected (40P01)                 a stop of it waits for rows that this transaction, or another, has locked
 --          lock_not_available (55P03)                a stop of it has taken longer than lock_timeout, if that is set
 -- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
@@ -24,22 +25,24 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_barrier      CONSTANT bigint := hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint);
+    v_yield        CONSTANT bigint := hashtextextended(admit_execution.job_id, 'emergency_stops'::regclass::oid::bigint);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_deadline     timestamptz;
-    v_wait         interval := '100ms';  -- a stop takes less, if it waits for nobody: then there is nothing to look for
+    v_turn         interval;
+    v_has_waited   boolean := false;
+    v_in_its_way   boolean;
     v_status       text;
 BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
         -- A stop is at work, or queues for the barrier: so do we. If it waits for us, one has to give way, and
-        -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns.
+        -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns. A stop
+        -- that waits for the job's rows says so: it will need ours, if we have any, and will refuse us in any case.
+        -- For other ways to be in its way we look after the first turn: most stops take less.
         v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '100 years' ELSE v_lock_timeout END::interval;
         LOOP
-            BEGIN
-                PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_wait))::text, true);
-                PERFORM pg_advisory_xact_lock_shared(v_barrier);
-                EXIT;
-            EXCEPTION WHEN lock_not_available THEN
-                IF EXISTS (
+            v_in_its_way := NOT (pg_try_advisory_lock_shared(v_yield) AND pg_advisory_unlock_shared(v_yield));
+            IF v_has_waited AND NOT v_in_its_way THEN
+                v_in_its_way := EXISTS (
                     WITH RECURSIVE waits (pid) AS (
                         SELECT l.pid
                         FROM pg_locks l
@@ -49,16 +52,23 @@ BEGIN
                         UNION
                         SELECT b.pid FROM waits w CROSS JOIN unnest(pg_blocking_pids(w.pid)) AS b (pid)
                     )
-                    SELECT FROM waits w WHERE w.pid = pg_backend_pid()
-                ) THEN
-                    RAISE deadlock_detected
-                        USING MESSAGE = format('deadlock with an emergency stop of job %s', quote_literal(admit_execution.job_id)),
-                              DETAIL = 'The stop waits, perhaps for others who wait, for rows that this transaction has locked. It goes first.';
-                ELSIF clock_timestamp() >= v_deadline THEN
-                    RAISE lock_not_available
-                        USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id));
-                END IF;
-                v_wait := least(2 * v_wait, '1s');
+                    SELECT FROM waits w WHERE w.pid = pg_backend_pid());
+            END IF;
+            IF v_in_its_way THEN
+                RAISE deadlock_detected
+                    USING MESSAGE = format('deadlock with an emergency stop of job %s', quote_literal(admit_execution.job_id)),
+                          DETAIL = 'The stop waits for rows that this transaction, or another, has locked. It goes first.';
+            ELSIF clock_timestamp() >= v_deadline THEN
+                RAISE lock_not_available
+                    USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id));
+            END IF;
+            BEGIN
+                v_turn := greatest('1ms', least('200ms', v_deadline - clock_timestamp()));
+                PERFORM set_config('lock_timeout', extract(epoch FROM v_turn) || 's', true);
+                PERFORM pg_advisory_xact_lock_shared(v_barrier);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                v_has_waited := true;
             END;
         END LOOP;
         PERFORM set_config('lock_timeout', v_lock_timeout, true);

@@ -11,10 +11,11 @@
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         other transactions held the job for longer than lock_timeout
 --          deadlock_detected (40P01)          the caller's own transaction holds what another one that is in the way waits for
--- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE; all until the
---          transaction ends. Each wait is bounded by lock_timeout; by 10 s where that is 0. With nothing left
---          to stop it locks and writes nothing, and only waits until a synchronous standby, if there is one, has
---          what was written before.
+-- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE, or its row first where
+--          that does not work; once it has waited for rows, also the sign by which those who queue for the barrier give
+--          way; all until the transaction ends. Each wait is bounded by lock_timeout, by 10 s where that is 0. With
+--          nothing left to stop it locks and writes nothing, and only waits until a synchronous standby, if there is
+--          one, has what was written before.
 
 DO $$
 BEGIN
@@ -30,10 +31,14 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_barrier      CONSTANT bigint := hashtextextended(emergency_stop_job.id, 'jobs'::regclass::oid::bigint);
+    v_yield        CONSTANT bigint := hashtextextended(emergency_stop_job.id, 'emergency_stops'::regclass::oid::bigint);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_mark         CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
-    v_deadline     timestamptz;
+    v_rest         interval := v_patience;  -- what is left of it
+    v_wait         interval;
+    v_attempt      int := 1;
+    v_held         bigint;
     v_status       text;  -- not jobs%ROWTYPE: compiling that would wait, unbounded, where somebody has locked the table
     v_terminal     boolean;
     v_done         boolean := false;
@@ -60,7 +65,6 @@ BEGIN
             USING MESSAGE = format('reason has %s characters: expected at most 1000', length(emergency_stop_job.reason));
     END IF;
 
-    v_deadline := clock_timestamp() + v_patience;
     BEGIN
         -- First a look that locks nothing. Should the whole table be locked, the wait for it is behind the barrier, by
         -- which emergency_stop_blockers knows a stop that waits.
@@ -87,16 +91,49 @@ BEGIN
 
     -- From the barrier on nobody else starts an execution. What is left to wait for are the rows that others hold.
     IF NOT v_done AND NOT pg_try_advisory_xact_lock(v_barrier) THEN
+        v_now := clock_timestamp();
         BEGIN
-            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM v_patience))::text, true);
+            PERFORM set_config('lock_timeout', extract(epoch FROM v_rest) || 's', true);
             PERFORM pg_advisory_xact_lock(v_barrier);
         EXCEPTION WHEN lock_not_available THEN
             v_locked := true;
         END;
+        v_rest := v_rest - (clock_timestamp() - v_now);
     END IF;
     WHILE NOT v_done AND NOT v_locked LOOP
         BEGIN
-            PERFORM set_config('lock_timeout', round(1000 * extract(epoch FROM greatest('1ms', v_deadline - clock_timestamp())))::text, true);
+            -- Workers lock in different orders, so there are three ways. First, rows are waited for where they are met; not for
+            -- long, for meanwhile others would lock rows further on and queue for the barrier. Then, what is free is locked at
+            -- once, and whoever queues has to yield. Last, for those who lock the job first, so do we.
+            LOOP
+                v_wait := greatest('1ms', least(v_rest, CASE v_attempt WHEN 1 THEN '20ms' WHEN 2 THEN v_patience / 3 END));
+                PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
+                EXIT WHEN v_attempt = 1;
+                PERFORM pg_advisory_xact_lock(v_yield);
+                IF v_attempt = 3 THEN
+                    v_now := clock_timestamp();
+                    PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+                    PERFORM set_config('lock_timeout', extract(epoch FROM greatest('1ms', v_wait - (clock_timestamp() - v_now))) || 's', true);
+                    EXIT;
+                END IF;
+                WITH free AS (
+                    SELECT e.id
+                    FROM executions e
+                    WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
+                    FOR NO KEY UPDATE SKIP LOCKED
+                ), held AS (
+                    SELECT e.id
+                    FROM executions e
+                    WHERE e.job_id = emergency_stop_job.id AND e.status IN ('pending', 'running', 'processing')
+                    EXCEPT
+                    SELECT f.id FROM free f
+                )
+                SELECT min(h.id) INTO v_held FROM held h;
+                EXIT WHEN v_held IS NULL;
+                v_now := clock_timestamp();
+                PERFORM FROM executions e WHERE e.id = v_held FOR NO KEY UPDATE;
+                v_rest := v_rest - (clock_timestamp() - v_now);
+            END LOOP;
             v_now := clock_timestamp();
             v_stopped_at := to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
             UPDATE executions e
@@ -116,7 +153,13 @@ BEGIN
             EXIT WHEN v_done;
 
             -- After the executions: workers who lock one of them and then the job must not find it locked by us.
-            SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+            SELECT j.status INTO v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE SKIP LOCKED;
+            IF NOT FOUND THEN
+                v_wait := greatest('1ms', least(v_rest, v_patience / 3));
+                PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
+                PERFORM pg_advisory_xact_lock(v_yield);
+                SELECT j.status INTO STRICT v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+            END IF;
             v_terminal := COALESCE(v_status IN ('completed', 'failed', 'cancelled'), false);
             v_done := v_stopped = 0 AND v_terminal;  -- it has ended while we waited
             EXIT WHEN v_done;
@@ -136,9 +179,13 @@ BEGIN
             EXIT;
         EXCEPTION
             WHEN deadlock_detected THEN  -- our rows are let go of, so that the other one can finish; the barrier is kept
-                v_locked := clock_timestamp() >= v_deadline;
+                v_rest := v_rest - current_setting('deadlock_timeout')::interval;
+                v_locked := v_rest <= '0';
+                v_attempt := CASE v_attempt WHEN 2 THEN 3 ELSE 2 END;
             WHEN lock_not_available THEN
-                v_locked := true;
+                v_rest := v_rest - v_wait;
+                v_locked := v_rest <= '0';
+                v_attempt := least(v_attempt + 1, 3);
             WHEN no_data_found THEN  -- deleted while we waited
                 PERFORM set_config('lock_timeout', v_lock_timeout, true);
                 RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_job.id);

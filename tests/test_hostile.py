@@ -495,6 +495,59 @@ def test_stops_beside_workers_that_lock_the_other_way_round(client, connect, db,
     assert met["refused"] > 0
 
 
+UPDATE_EXECUTION = """
+    UPDATE executions SET output = '{}' WHERE status = 'running'
+    AND id = (SELECT id FROM executions WHERE job_id = 'a' AND status = 'running' ORDER BY random() LIMIT 1)
+"""
+UPDATE_JOB = "UPDATE jobs SET updated_at = now() WHERE id = 'a'"
+ADD_CHILD = "INSERT INTO executions (job_id, status) VALUES ('a', 'running')"
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "habits"),
+    [
+        (200, 32, [[UPDATE_EXECUTION, ADD_CHILD]]),
+        (42, 16, [[UPDATE_EXECUTION, UPDATE_JOB, ADD_CHILD]]),
+        (42, 16, [[UPDATE_JOB, UPDATE_EXECUTION, ADD_CHILD]]),
+        (42, 16, [[UPDATE_EXECUTION, ADD_CHILD], [ADD_CHILD, UPDATE_EXECUTION]]),
+    ],
+)  # fmt: skip
+def test_a_stop_of_a_job_whose_workers_all_lock_its_rows_and_then_start_executions(connect, db, make_job, service, rows, workers, habits):
+    """They try again at once. Naive: the stop met one after the other, each of which gave way only then, for 2 to 13 seconds, or failed."""
+    make_job("a", running=rows)
+    ended = threading.Event()
+    done = []
+
+    def work(number: int) -> None:
+        session = connect(autocommit=False)
+        while not ended.is_set():
+            try:
+                for statement in habits[number % len(habits)]:
+                    session.execute(statement)
+                done.append(number)
+                session.rollback()  # so that the job stays as it is until it is stopped
+            except psycopg.errors.DeadlockDetected:
+                session.rollback()
+            except REFUSED:
+                session.rollback()
+                time.sleep(0.01)
+
+    service.execute("SET lock_timeout = '5s'")
+    with ThreadPoolExecutor(workers) as executor:
+        working = [executor.submit(work, number) for number in range(workers)]
+        try:
+            wait_until(lambda: len(done) > 2 * workers, 30)
+            started = time.monotonic()
+            stop = service.execute("SELECT emergency_stop_job('a')").fetchone()[0]
+            assert time.monotonic() - started < 5
+        finally:
+            ended.set()
+        for worker in working:
+            worker.result()
+    assert stop["executions_stopped"] == rows
+    assert count_active(db, "a") == 0
+
+
 def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(connect, db, make_job, service):
     job_id = make_job(running=1)
     inserter, holder = connect(autocommit=False), connect(autocommit=False)
