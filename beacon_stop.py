@@ -55,6 +55,7 @@ from datetime import datetime, timezone
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
@@ -83,7 +84,6 @@ GET_JOB = "SELECT get_job(%s)::text"
 LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %s, %s)"
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
 REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
-CAN_STOP_JOBS = "SELECT COALESCE(has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text[])'), 'EXECUTE'), false)"
 MISSING_FUNCTIONS = """
     SELECT f FROM unnest(%s::text[]) AS f
     WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)
@@ -97,6 +97,7 @@ FUNCTIONS = [
     "timeout_stuck_jobs(interval,integer)",
     "repair_stuck_jobs(interval,integer)",
 ]
+GROUP_FUNCTION = "emergency_stop_jobs(text[],text[])"  # the service can do without
 
 # Path, method, and the Service method that answers.
 ROUTES = [
@@ -500,7 +501,7 @@ class Database:
         self.settings = settings
         self.away = set[str]()  # the pools whose last attempt to connect has failed
         self.pooled = set[str]()  # those whose last connection was to a pooler
-        self.can_group = False  # there is a connection for stops that share a transaction, and the function for them
+        self.has_group_function = False  # when a connection for stops that share a transaction was last made
         self.admin = self._pool("admin", settings.database_url, settings.admin_pool, settings.admin_pool)
         self.group = self._pool("group", settings.database_url, 1, 1)
         self.watch = self._pool("watch", settings.database_url, 1, 1)
@@ -530,7 +531,6 @@ class Database:
 
     def _try_anew(self, pool: ConnectionPool[Any]) -> None:
         self.away.add(pool.name)
-        self.can_group = self.can_group and pool.name != "group"
         # For those who wait nobody else would do it, nor where nobody asks before it is there; else the next call does.
         if pool.get_stats()["requests_waiting"] or (pool.name == "group" and not pool.closed):
             pool.check()
@@ -542,7 +542,6 @@ class Database:
             self.pooled.add(name)
             connection.prepare_threshold = None
             connection.cursor_factory = psycopg.ClientCursor
-            self.can_group = self.can_group and name != "group"
             return
         self.pooled.discard(name)
         statement_timeout = min(GROUP_TIMEOUT if name == "group" else math.inf, self.settings.statement_timeout)
@@ -552,7 +551,12 @@ class Database:
             (f"{self.settings.lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
         )
         if name == "group":
-            (self.can_group,) = cast(tuple[bool], connection.execute(CAN_STOP_JOBS).fetchone())
+            self.has_group_function = not connection.execute(MISSING_FUNCTIONS, ([GROUP_FUNCTION],)).fetchone()
+
+    @property
+    def can_group(self) -> bool:
+        """Whether stops can share a transaction."""
+        return self.has_group_function and "group" not in self.away and "group" not in self.pooled
 
     def call(
         self, pool: ConnectionPool[BoundedConnection], query: str, parameters: Iterable[Any], timeout: float | None = None
@@ -695,7 +699,7 @@ class Application:
 
 
 class Turn:
-    """The calls at work on one job: how many there are, the slots for those beside the first, and the second look at it if it is locked."""
+    """The calls at work on one job: how many there are, the slot for those beside the first, and the second look at it if it is locked."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -725,8 +729,7 @@ class GroupCommit:
     def __init__(self, database: Database) -> None:
         self.database = database
         self.lock = threading.Lock()  # for what follows
-        self.at_work = False
-        self.late = 0.0  # when a group that is at work should have ended
+        self.due: float | None = None  # when the group that is at work should have ended
         self.paused_until = 0.0
         self.gathered: list[Member] = []
 
@@ -735,15 +738,19 @@ class GroupCommit:
         me = Member(job_id, reason, SimpleQueue())
         with self.lock:
             now = time.monotonic()
-            if now < self.paused_until or (self.at_work and now > self.late):
+            if now < self.paused_until or (self.due and now > self.due):
                 return None
-            if self.at_work:
-                self.gathered.append(me)
-            else:
-                self.at_work, self.late = True, now + GROUP_TIMEOUT
-                me.told.put(LEAD)
+            self.gathered.append(me)
+            if not self.due:
+                self.choose_leader()
         answer = self.wait(me)
         return self.lead(me) if answer == LEAD else answer
+
+    def choose_leader(self) -> None:
+        """Let the first of those who have gathered take the next group to the database. Under the lock."""
+        self.due = time.monotonic() + GROUP_TIMEOUT if self.gathered else None
+        if self.gathered:
+            self.gathered.pop(0).told.put(LEAD)
 
     def wait(self, me: Member) -> str | None:
         """What a member is told; None once it has waited for too long to be taken."""
@@ -754,10 +761,10 @@ class GroupCommit:
                 untaken = me in self.gathered
                 if untaken:
                     self.gathered.remove(me)
+                elif not isinstance(error, Empty) and not me.told.empty() and me.told.get() == LEAD:
+                    self.choose_leader()
             if isinstance(error, Empty):
                 return None if untaken else me.told.get()
-            if not untaken and not me.told.empty() and me.told.get() == LEAD:
-                self.pass_on()
             raise
 
     def lead(self, me: Member) -> str | None:
@@ -774,18 +781,11 @@ class GroupCommit:
             if not isinstance(error, psycopg.Error):
                 log_event("error", traceback=traceback.format_exc())
         finally:
-            self.pass_on()
-            for member, answer in zip(members, [*answers, *[None] * len(members)], strict=False):
+            with self.lock:
+                self.choose_leader()
+            for member, answer in zip_longest(members, answers):
                 member.told.put(answer)
         return me.told.get()
-
-    def pass_on(self) -> None:
-        """Let the first of those who have gathered lead the next group."""
-        with self.lock:
-            self.at_work = bool(self.gathered)
-            if self.gathered:
-                self.late = time.monotonic() + GROUP_TIMEOUT
-                self.gathered.pop(0).told.put(LEAD)
 
 
 class Service:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 from conftest import Client, count_active, in_thread, is_waiting, wait_until
+
+import beacon_stop
 
 STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
 
@@ -100,6 +103,19 @@ def test_the_commit_is_durable(service, make_job):
 # --- Over HTTP ---
 
 
+def client_of(app):
+    """Whose stops can share transactions from now on."""
+    client = Client(app)
+    client.stop("nix")  # connects
+    wait_until(lambda: app.service().database.can_group)
+    return client
+
+
+@pytest.fixture
+def client(make_app):
+    return client_of(make_app())
+
+
 @pytest.fixture
 def slow(db):
     """Stops of jobs whose id begins with `slow-` take half a second, those that begin with `bad-` fail."""
@@ -160,11 +176,16 @@ def test_stops_that_come_together_share_transactions(client, db, make_job, slow,
     first = make_job("slow-1", running=1)
     others = [make_job(f"job-{number}", running=2) for number in range(40)]
 
-    with stops_at_work(client, db, first) as at_work:
-        answers = stop_all(client, others)
+    with stops_at_work(client, db, first) as at_work, ThreadPoolExecutor(41) as executor:
+        unknown = executor.submit(client.stop, "nix")
+        answers = list(executor.map(client.stop, others, [f'{{"reason": "for {id}"}}'.encode() for id in others]))
     assert {answer.status for answer in [*answers, *at_work.all]} == {200}
     assert [answer.json["job_id"] for answer in answers] == others
+    assert [answer.json["reason"] for answer in answers] == [f"for {id}" for id in others]
     assert {answer.json["executions_stopped"] for answer in answers} == {2}
+    keys = ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at", "reason"]
+    assert all(list(answer.json) == keys for answer in answers)
+    assert (unknown.result().status, unknown.result().json) == (404, {"error": "job not found", "job_id": "nix"})
     transactions, largest = db.execute("""
         SELECT count(*), max(t.stops) FROM (
             SELECT count(*) AS stops FROM seen WHERE name = 'beacon-stop group' GROUP BY transaction
@@ -175,21 +196,19 @@ def test_stops_that_come_together_share_transactions(client, db, make_job, slow,
 
 
 def test_a_locked_job_holds_up_none_of_those_beside_it(make_app, connect, db, make_job, slow):
-    client = Client(make_app(lock_timeout="1s"))
+    client = client_of(make_app(lock_timeout="30s"))
     locked = make_job("a-locked", running=1)
     others = [make_job(f"job-{number}", running=1) for number in range(12)]
     worker = connect(autocommit=False)
     worker.execute("UPDATE executions SET output = '{}' WHERE job_id = 'a-locked'")
 
     with stops_at_work(client, db, make_job("slow-1", running=1)), ThreadPoolExecutor(1) as executor:
-        refused = executor.submit(client.stop, locked)
+        held_up = executor.submit(client.stop, locked)
         answers = stop_all(client, others)
-        assert not refused.done()
         assert {answer.status for answer in answers} == {200}
-        blocked_by = refused.result().json["blocked_by"]
-    assert (refused.result().status, [blocker["pid"] for blocker in blocked_by]) == (503, [worker.info.backend_pid])
-    worker.rollback()
-    assert client.stop(locked).json["executions_stopped"] == 1
+        assert not held_up.done()
+        worker.rollback()
+        assert held_up.result().json["executions_stopped"] == 1
 
 
 def test_a_stop_that_takes_its_time_goes_by_itself_and_so_do_those_beside_it(client, db, make_job, slow):
@@ -212,6 +231,39 @@ def test_an_error_of_one_is_no_error_of_the_others(client, db, make_job, slow):
     assert [count_active(db, id) for id in (*others, bad)] == [0] * 6 + [1]
 
 
+@pytest.mark.parametrize(("pause", "session"), [(60.0, "beacon-stop admin"), (0.1, "beacon-stop group")])
+def test_after_an_error_there_are_no_groups_for_a_while(client, db, make_job, slow, seen, monkeypatch, pause, session):
+    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", pause)
+    last = make_job(running=1)
+
+    with stops_at_work(client, db, make_job("slow-1", running=1)):
+        assert client.stop(make_job("bad-1", running=1)).status == 500
+        time.sleep(0.2)
+        assert client.stop(last).status == 200
+    assert db.execute("SELECT name FROM seen WHERE job_id = %s", (last,)).fetchall() == [(session,)]
+
+
+def test_a_caller_whose_thread_is_interrupted_while_it_waits_leaves_groups_at_work(client, db, make_job, slow, seen, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 0.0)
+    first, second, mine, last = make_job("slow-1", running=1), make_job("slow-2", running=1), make_job(running=1), make_job(running=1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with stops_at_work(client, db, first, second) as at_work:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(KeyboardInterrupt):
+                client.stop(mine)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert [answer.json["executions_stopped"] for answer in at_work.all] == [1, 1]
+    with stops_at_work(client, db, make_job("slow-3", running=1)):
+        assert client.stop(last).status == 200
+    assert db.execute("SELECT job_id, name FROM seen WHERE job_id IN (%s, %s)", (mine, last)).fetchall() == [(last, "beacon-stop group")]
+
+
 def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make_job, slow):
     first, second, third = (make_job(f"slow-{number}", running=1) for number in range(3))
 
@@ -225,8 +277,7 @@ def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make
 def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(client, db, make_job, slow):
     first, hangs = make_job("slow-1", running=1), make_job(running=1)
     others = [make_job(running=1) for _ in range(20)]
-    client.stop("nix")  # connects
-    pid = wait_until(lambda: db.execute(f"SELECT pid {GROUP_SESSION}").fetchone())[0]
+    (pid,) = db.execute(f"SELECT pid {GROUP_SESSION}").fetchone()
 
     with ThreadPoolExecutor(1) as executor:
         with stops_at_work(client, db, first):
@@ -242,10 +293,8 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(client, db, make_jo
 
 def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow):
     app = make_app()
-    client = Client(app)
-    client.stop("nix")  # connects
+    client = client_of(app)
     database = app.service().database
-    wait_until(lambda: database.can_group)
 
     server, name = connect(server_url), db.info.dbname
     server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")

@@ -43,7 +43,7 @@ def test_the_service_calls_only_functions_that_readiness_asks_for(db):
         SELECT p.oid::regprocedure::text FROM pg_proc p
         WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')
         ORDER BY 1""").fetchall()
-    assert [name for (name,) in granted] == sorted([*beacon_stop.FUNCTIONS, "emergency_stop_jobs(text[],text[])"])  # it can do without
+    assert [name for (name,) in granted] == sorted([*beacon_stop.FUNCTIONS, beacon_stop.GROUP_FUNCTION])
 
 
 def test_every_function_is_closed_to_public_with_a_pinned_path_and_a_comment(db):

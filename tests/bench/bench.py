@@ -147,7 +147,7 @@ class Databases:
             server.execute("CREATE ROLE beacon_service LOGIN")
         beacon_stop.init_db(self.url("installed"))
         with psycopg.connect(self.url("installed")) as db:
-            for function in [*beacon_stop.FUNCTIONS, "emergency_stop_jobs(text[],text[])"]:
+            for function in [*beacon_stop.FUNCTIONS, beacon_stop.GROUP_FUNCTION]:
                 db.execute(f"GRANT EXECUTE ON FUNCTION {function} TO beacon_service")
 
     def url(self, name: str, role: str = "postgres") -> str:

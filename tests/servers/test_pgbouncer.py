@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, Service, count_active, in_thread, wait_until
+from conftest import SERVICE_PASSWORD, Client, Service, count_active, in_thread, wait_until
 from processes import Running, accepts_connections, free_port, running, unprivileged
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -103,6 +103,14 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
         for client in clients:
             assert {name: client.execute(f"SHOW {name}").fetchone()[0] for name in DEFAULTS} == DEFAULTS
             assert client.execute("SELECT name FROM pg_prepared_statements").fetchall() == []
+
+
+def test_stops_share_no_transaction(make_app, pooled_url):
+    app = make_app(database_url=pooled_url)
+    assert Client(app).stop("nix").status == 404
+    database = app.service().database
+    wait_until(lambda: "group" in database.pooled)
+    assert not database.can_group
 
 
 class Holder:
