@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -52,6 +53,13 @@ def new_folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="beacon-test-", ignore_cleanup_errors=True)
 
 
+def new_folder_in_memory() -> TemporaryDirectory[str]:
+    """The same, in memory where there is plenty: a tenth of the time for each new database."""
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 1024**3
+    return TemporaryDirectory(prefix="beacon-test-", ignore_cleanup_errors=True, dir=memory if has_room else None)
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with new_folder() as folder:
@@ -63,12 +71,12 @@ def server_url() -> Iterator[str]:
     if url := os.environ.get("BEACON_TEST_DATABASE_URL"):
         yield url
     elif bindir := os.environ.get("BEACON_TEST_POSTGRES"):
-        with new_folder() as folder:
+        with new_folder_in_memory() as folder:
             cluster = Cluster(Path(folder), Path(bindir)).create(fsync="off", max_connections=200).start()
             yield cluster.url
             cluster.stop()
     else:
-        with new_folder() as folder, beacon_stop.embedded_postgres(Path(folder)) as url:
+        with new_folder_in_memory() as folder, beacon_stop.embedded_postgres(Path(folder)) as url:
             with psycopg.connect(url, autocommit=True) as db:  # nothing in it has to last; what tests durability has its own
                 db.execute("ALTER SYSTEM SET fsync = off")
                 db.execute("SELECT pg_reload_conf()")

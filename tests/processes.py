@@ -135,7 +135,11 @@ class Cluster:
 
     def configure(self, **settings: Any) -> None:
         with (self.data / "postgresql.auto.conf").open("a") as file:
-            for name, value in {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "port": self.port, **settings}.items():
+            for name, value in {
+                "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "port": self.port,
+                "dynamic_shared_memory_type": "mmap",  # in its own folder, so that nothing is left behind when it is killed
+                **settings,
+            }.items():  # fmt: skip
                 file.write(f"{name} = '{value}'\n")
 
     def start(self) -> "Cluster":

@@ -11,7 +11,18 @@ from typing import Any
 import psutil
 import psycopg
 import pytest
-from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Service, age, count_active, create_service_role, new_folder, readme_block, wait_until
+from conftest import (
+    ROOT,
+    SERVICE_PASSWORD,
+    TOKEN,
+    Service,
+    age,
+    count_active,
+    create_service_role,
+    new_folder_in_memory,
+    readme_block,
+    wait_until,
+)
 from processes import Cluster, suspended
 from psycopg.conninfo import make_conninfo
 
@@ -53,7 +64,7 @@ class Shards:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with new_folder() as folder:
+    with new_folder_in_memory() as folder:
         cluster = Cluster(Path(folder)).create(fsync="off", max_connections=200).start()
         yield cluster
         cluster.stop()
