@@ -32,7 +32,6 @@ import logging
 import math
 import os
 import posixpath
-import random
 import re
 import resource
 import secrets
@@ -284,7 +283,7 @@ class Request:
         self.started = time.monotonic()
         self.method: str = environ["REQUEST_METHOD"]
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"{random.getrandbits(128):032x}"
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
         # For the log line of an admin call, filled in as they become known:
         self.client: str | None = None
         self.job_id: str | None = None
@@ -1436,10 +1435,17 @@ class Server:
 
 
 class LogHandler(logging.Handler):
-    """Gives what libraries log, such as the pools' trouble with the database, the form of the service's own log."""
+    """Gives what libraries log, such as the pools' trouble with the database, the service's own form; each text once a minute."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.written: dict[str, float] = {}  # when
 
     def emit(self, record: logging.LogRecord) -> None:
-        log_event("log", logger=record.name, level=record.levelname.lower(), message=record.getMessage())
+        message, now = record.getMessage(), time.monotonic()
+        if now - self.written.get(message, -math.inf) >= 60:
+            self.written = {text: when for text, when in self.written.items() if now - when < 60} | {message: now}
+            log_event("log", logger=record.name, level=record.levelname.lower(), message=message)
 
 
 def serve(environment: Mapping[str, str], host: str, port: int, announce: Callable[[Server], None]) -> None:
