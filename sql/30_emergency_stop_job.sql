@@ -106,7 +106,7 @@ BEGIN
             -- long, for meanwhile others would lock rows further on and queue for the barrier. Then, what is free is locked at
             -- once, and whoever queues has to yield. Last, for those who lock the job first, so do we.
             LOOP
-                v_wait := greatest('1ms', least(v_rest, CASE v_attempt WHEN 1 THEN '20ms' WHEN 2 THEN v_patience / 3 END));
+                v_wait := greatest('1ms', least(v_rest, CASE v_attempt WHEN 1 THEN '2ms' WHEN 2 THEN v_patience / 3 END));
                 PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
                 EXIT WHEN v_attempt = 1;
                 PERFORM pg_advisory_xact_lock(v_yield);

@@ -548,6 +548,36 @@ def test_a_stop_of_a_job_whose_workers_all_lock_its_rows_and_then_start_executio
     assert count_active(db, "a") == 0
 
 
+def test_a_stop_gets_ahead_of_workers_who_take_one_execution_after_the_other(connect, db, make_job, service):
+    """Each locks the next one that is free, for as long as the work takes. Naive: the stop met them in the same order, waited for each,
+    and came to the end when all was done: of 400 executions it stopped none."""
+    job_id = make_job(pending=4000)
+    ended = threading.Event()
+    done = []
+
+    def work() -> None:
+        session = connect(autocommit=False)
+        take = "SELECT id FROM executions WHERE job_id = %s AND status = 'pending' ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED"
+        while not ended.is_set() and (taken := session.execute(take, (job_id,)).fetchone()):
+            time.sleep(0.05)
+            session.execute("UPDATE executions SET status = 'completed' WHERE id = %s", taken)
+            session.commit()
+            done.append(taken)
+
+    with ThreadPoolExecutor(16) as executor:
+        working = [executor.submit(work) for _ in range(16)]
+        try:
+            wait_until(lambda: len(done) > 16)
+            stop = service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]
+        finally:
+            ended.set()
+        for worker in working:
+            worker.result()
+    assert stop["executions_stopped"] > 2000
+    assert count_active(db, job_id) == 0
+    assert stop["executions_stopped"] + len(done) == 4000
+
+
 def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(connect, db, make_job, service):
     job_id = make_job(running=1)
     inserter, holder = connect(autocommit=False), connect(autocommit=False)
