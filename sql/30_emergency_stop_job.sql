@@ -103,8 +103,8 @@ BEGIN
     WHILE NOT v_done AND NOT v_locked LOOP
         BEGIN
             -- Workers lock in different orders, so there are three ways. First, rows are waited for where they are met; not for
-            -- long, for meanwhile others would lock rows further on and queue for the barrier. Then, what is free is locked at
-            -- once, and whoever queues has to yield. Last, for those who lock the job first, so do we.
+            -- long, for meanwhile others would lock rows further on and queue for the barrier. Then, what is free is locked
+            -- before anything is waited for, and whoever queues has to yield. Last, the same with the job before all else.
             LOOP
                 v_wait := greatest('1ms', least(v_rest, CASE v_attempt WHEN 1 THEN '2ms' WHEN 2 THEN v_patience / 3 END));
                 PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
@@ -113,8 +113,9 @@ BEGIN
                 IF v_attempt = 3 THEN
                     v_now := clock_timestamp();
                     PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
-                    PERFORM set_config('lock_timeout', extract(epoch FROM greatest('1ms', v_wait - (clock_timestamp() - v_now))) || 's', true);
-                    EXIT;
+                    v_rest := v_rest - (clock_timestamp() - v_now);
+                    v_attempt := 4;
+                    CONTINUE;
                 END IF;
                 WITH free AS (
                     SELECT e.id
