@@ -576,10 +576,10 @@ class Database:
                         raise
                     # PL/Proxy has lost a shard's session. This session makes a new one; others may have to lose theirs yet.
                     return self._run(connection, query, tuple(parameters))
-            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction, errors.InternalError_) as error:
                 silent = isinstance(error, ServerSilent)
                 # A server that ends, or that has become a standby: the next connection may find another one.
-                if isinstance(error, (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)):
+                if error.diag.severity_nonlocalized == "FATAL" or isinstance(error, errors.ReadOnlySqlTransaction):
                     connection.close()
                 if last_try or not connection.closed:
                     raise

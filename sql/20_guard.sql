@@ -29,7 +29,7 @@ DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_deadline     timestamptz;
     v_turn         interval;
-    v_has_waited   boolean := false;
+    v_turns        int := 0;  -- that we have waited for
     v_in_its_way   boolean;
     v_status       text;
 BEGIN
@@ -37,11 +37,12 @@ BEGIN
         -- A stop is at work, or queues for the barrier: so do we. If it waits for us, one has to give way, and
         -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns. A stop
         -- that waits for the job's rows says so: it will need ours, if we have any, and will refuse us in any case.
-        -- For other ways to be in its way we look after the first turn: most stops take less.
+        -- For other ways to be in its way we look after the first turn, since most stops take less, and then ever more
+        -- rarely: among many who queue it is dear.
         v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '100 years' ELSE v_lock_timeout END::interval;
         LOOP
             v_in_its_way := NOT (pg_try_advisory_lock_shared(v_yield) AND pg_advisory_unlock_shared(v_yield));
-            IF v_has_waited AND NOT v_in_its_way THEN
+            IF NOT v_in_its_way AND (v_turns IN (1, 2, 4) OR v_turns > 0 AND v_turns % 8 = 0) THEN
                 v_in_its_way := EXISTS (
                     WITH RECURSIVE waits (pid) AS (
                         SELECT l.pid
@@ -68,7 +69,7 @@ BEGIN
                 PERFORM pg_advisory_xact_lock_shared(v_barrier);
                 EXIT;
             EXCEPTION WHEN lock_not_available THEN
-                v_has_waited := true;
+                v_turns := v_turns + 1;
             END;
         END LOOP;
         PERFORM set_config('lock_timeout', v_lock_timeout, true);

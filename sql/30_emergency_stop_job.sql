@@ -10,7 +10,6 @@
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         other transactions held the job for longer than lock_timeout
---          deadlock_detected (40P01)          the caller's own transaction holds what another one that is in the way waits for
 -- Locks    the job's barrier, alone; then its active executions, then its row, FOR NO KEY UPDATE, or its row first where
 --          that does not work; once it has waited for rows, also the sign by which those who queue for the barrier give
 --          way; all until the transaction ends. Each wait is bounded by lock_timeout, by 10 s where that is 0. With
@@ -37,7 +36,9 @@ DECLARE
     v_mark         CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_rest         interval := v_patience;  -- what is left of it
     v_wait         interval;
+    v_deadline     timestamptz;
     v_attempt      int := 1;
+    v_job_locked   boolean;
     v_held         bigint;
     v_status       text;  -- not jobs%ROWTYPE: compiling that would wait, unbounded, where somebody has locked the table
     v_terminal     boolean;
@@ -90,31 +91,35 @@ BEGIN
     END;
 
     -- From the barrier on nobody else starts an execution. What is left to wait for are the rows that others hold.
-    IF NOT v_done AND NOT pg_try_advisory_xact_lock(v_barrier) THEN
+    WHILE NOT v_done AND NOT v_locked AND NOT pg_try_advisory_xact_lock(v_barrier) LOOP
         v_now := clock_timestamp();
         BEGIN
-            PERFORM set_config('lock_timeout', extract(epoch FROM v_rest) || 's', true);
+            PERFORM set_config('lock_timeout', extract(epoch FROM greatest('1ms', v_rest)) || 's', true);
             PERFORM pg_advisory_xact_lock(v_barrier);
-        EXCEPTION WHEN lock_not_available THEN
-            v_locked := true;
+            v_rest := v_rest - (clock_timestamp() - v_now);
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            v_rest := v_rest - (clock_timestamp() - v_now);
+            v_locked := v_rest <= '0';
         END;
-        v_rest := v_rest - (clock_timestamp() - v_now);
-    END IF;
+    END LOOP;
     WHILE NOT v_done AND NOT v_locked LOOP
         BEGIN
             -- Workers lock in different orders, so there are three ways. First, rows are waited for where they are met; not for
             -- long, for meanwhile others would lock rows further on and queue for the barrier. Then, what is free is locked
             -- before anything is waited for, and whoever queues has to yield. Last, the same with the job before all else.
+            -- Nothing is updated in the latter two until all is locked: what was done for a large job is lost once at most.
+            v_job_locked := false;
             LOOP
                 v_wait := greatest('1ms', least(v_rest, CASE v_attempt WHEN 1 THEN '2ms' WHEN 2 THEN v_patience / 3 END));
                 PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
                 EXIT WHEN v_attempt = 1;
                 PERFORM pg_advisory_xact_lock(v_yield);
-                IF v_attempt = 3 THEN
-                    v_now := clock_timestamp();
+                v_now := clock_timestamp();
+                IF v_attempt = 3 AND NOT v_job_locked THEN
                     PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
                     v_rest := v_rest - (clock_timestamp() - v_now);
-                    v_attempt := 4;
+                    v_job_locked := true;
                     CONTINUE;
                 END IF;
                 WITH free AS (
@@ -130,9 +135,15 @@ BEGIN
                     SELECT f.id FROM free f
                 )
                 SELECT min(h.id) INTO v_held FROM held h;
-                EXIT WHEN v_held IS NULL;
                 v_now := clock_timestamp();
-                PERFORM FROM executions e WHERE e.id = v_held FOR NO KEY UPDATE;
+                IF v_held IS NULL THEN
+                    PERFORM FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE;
+                    EXIT;
+                END IF;
+                PERFORM
+                FROM executions e
+                WHERE e.job_id = emergency_stop_job.id AND e.id = v_held AND e.status IN ('pending', 'running', 'processing')
+                FOR NO KEY UPDATE;
                 v_rest := v_rest - (clock_timestamp() - v_now);
             END LOOP;
             v_now := clock_timestamp();
@@ -156,6 +167,7 @@ BEGIN
             -- After the executions: workers who lock one of them and then the job must not find it locked by us.
             SELECT j.status INTO v_status FROM jobs j WHERE j.id = emergency_stop_job.id FOR NO KEY UPDATE SKIP LOCKED;
             IF NOT FOUND THEN
+                v_attempt := 2;  -- after which the job comes first
                 v_wait := greatest('1ms', least(v_rest, v_patience / 3));
                 PERFORM set_config('lock_timeout', extract(epoch FROM v_wait) || 's', true);
                 PERFORM pg_advisory_xact_lock(v_yield);
@@ -180,8 +192,9 @@ BEGIN
             EXIT;
         EXCEPTION
             WHEN deadlock_detected THEN  -- our rows are let go of, so that the other one can finish; the barrier is kept
-                v_rest := v_rest - current_setting('deadlock_timeout')::interval;
-                v_locked := v_rest <= '0';
+                -- By the clock from now on: where each try ends in one at once, the waits alone would add up too slowly.
+                v_deadline := COALESCE(v_deadline, clock_timestamp() + v_rest - current_setting('deadlock_timeout')::interval);
+                v_locked := clock_timestamp() >= v_deadline;
                 v_attempt := CASE v_attempt WHEN 2 THEN 3 ELSE 2 END;
             WHEN lock_not_available THEN
                 v_rest := v_rest - v_wait;

@@ -2,7 +2,7 @@
 -- flush. It waits for nobody: a job that others hold is left out, to be stopped by itself.
 -- Returns  a row for each id, in the order given: id, and summary, emergency_stop_job's answer; NULL where other transactions
 --          held the job for longer than 5 ms: of that job nothing was changed, the others are stopped
--- Raises   what emergency_stop_job raises, but for lock_not_available and deadlock_detected
+-- Raises   what emergency_stop_job raises, but for lock_not_available
 -- Locks    what emergency_stop_job locks, job by job in the order given, all until the transaction ends
 
 DO $$
@@ -25,7 +25,7 @@ BEGIN
         BEGIN
             PERFORM set_config('lock_timeout', '5ms', true);
             summary := emergency_stop_job(id, v_reason);
-        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        EXCEPTION WHEN lock_not_available THEN
             summary := NULL;
         END;
         RETURN NEXT;

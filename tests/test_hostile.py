@@ -593,6 +593,45 @@ def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(conne
     assert 1.9 < time.monotonic() - started < 3
 
 
+def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, make_job):
+    """The caller's own transaction holds what the worker waits for, so that each try ends in one."""
+    job_id, other_id = make_job(running=2), make_job(running=1)
+    worker, stopper = connect(autocommit=False), connect(autocommit=False)
+    stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '1s'")
+    worker.execute("SET deadlock_timeout = '60s'")
+    stopper.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
+    worker.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
+
+    with in_thread(worker.execute, "UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,)):
+        wait_until(lambda: is_waiting(stopper, worker))
+        started = time.monotonic()
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+        assert 0.9 < time.monotonic() - started < 5
+        stopper.rollback()
+
+
+def test_a_stop_waits_for_no_rows_of_another_job(connect, db, make_job):
+    """Ids that are unique only within a job, as the primary key (job_id, id) has them."""
+    db.execute("ALTER TABLE executions DROP CONSTRAINT executions_pkey, ADD PRIMARY KEY (job_id, id)")
+    make_job("a"), make_job("b")
+    db.execute("INSERT INTO executions (id, job_id, status) OVERRIDING SYSTEM VALUE VALUES (7, 'a', 'running'), (7, 'b', 'running')")
+    worker, bystander, stopper = (connect(autocommit=False) for _ in range(3))
+    worker.execute("SELECT FROM executions WHERE job_id = 'a' FOR UPDATE")
+    bystander.execute("SELECT FROM executions WHERE job_id = 'b' FOR UPDATE")
+
+    with in_thread(lambda: stopper.execute("SELECT emergency_stop_job('a')").fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, stopper))
+        time.sleep(0.1)  # in which it has come to lock rows one by one
+        blockers = db.execute("SELECT pid FROM emergency_stop_blockers('a')").fetchall()
+        worker.rollback()
+    assert blockers == [(worker.info.backend_pid,)]
+    assert stop.result["executions_stopped"] == 1
+    bystander.rollback()
+    db.execute("SELECT FROM executions WHERE job_id = 'b' FOR UPDATE NOWAIT")
+    stopper.commit()
+
+
 def test_a_stop_that_falls_victim_to_a_deadlock_lets_the_other_finish_and_tries_again(connect, db, make_job):
     """Naive: the stop ended with 40P01. PostgreSQL picks the first one that looks for a deadlock and finds it."""
     job_id = make_job(running=2)
