@@ -563,6 +563,7 @@ def test_a_stop_gets_ahead_of_workers_who_take_one_execution_after_the_other(con
             session.execute("UPDATE executions SET status = 'completed' WHERE id = %s", taken)
             session.commit()
             done.append(taken)
+        session.rollback()  # or a row that it had locked, and found to be stopped, would hold up those who come to it
 
     with ThreadPoolExecutor(16) as executor:
         working = [executor.submit(work) for _ in range(16)]
