@@ -664,6 +664,22 @@ def test_a_deadlock_is_decided_in_the_stops_favour(connect, db, make_job, servic
     assert count_active(db, job_id) == 0
 
 
+def test_who_queues_gives_way_to_a_stop_whose_transaction_waits_for_it_elsewhere(connect, db, make_job):
+    job_id, other_id = make_job(running=1), make_job(running=1)
+    stopper, worker = connect(autocommit=False), connect(autocommit=False)
+    stopper.execute("SET deadlock_timeout = '15s'")  # so that it is not PostgreSQL that finds it
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
+
+    with in_thread(stopper.execute, "UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,)):
+        wait_until(lambda: is_waiting(db, stopper))
+        with pytest.raises(psycopg.errors.DeadlockDetected):
+            worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+        worker.rollback()
+    stopper.commit()
+    assert count_active(db, job_id) == 0
+
+
 def test_a_stop_of_another_job_that_waits_is_no_deadlock(connect, db, make_job, service):
     job_id, other_id = make_job(), make_job(running=1)
     stopper, worker = connect(autocommit=False), connect(autocommit=False)
