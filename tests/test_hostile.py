@@ -596,7 +596,7 @@ def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(conne
 
 def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, make_job):
     """The caller's own transaction holds what the worker waits for, so that each try ends in one."""
-    job_id, other_id = make_job(running=2), make_job(running=1)
+    job_id, other_id = make_job(running=20_000), make_job(running=1)
     worker, stopper = connect(autocommit=False), connect(autocommit=False)
     stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '1s'")
     worker.execute("SET deadlock_timeout = '60s'")
@@ -618,6 +618,7 @@ def test_a_stop_waits_for_no_rows_of_another_job(connect, db, make_job):
     make_job("a"), make_job("b")
     db.execute("INSERT INTO executions (id, job_id, status) OVERRIDING SYSTEM VALUE VALUES (7, 'a', 'running'), (7, 'b', 'running')")
     worker, bystander, stopper = (connect(autocommit=False) for _ in range(3))
+    stopper.execute("SET lock_timeout = '60s'")  # of which one wait takes no more than a third: its statement timeout comes first
     worker.execute("SELECT FROM executions WHERE job_id = 'a' FOR UPDATE")
     bystander.execute("SELECT FROM executions WHERE job_id = 'b' FOR UPDATE")
 
