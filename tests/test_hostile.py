@@ -612,6 +612,27 @@ def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, ma
         stopper.rollback()
 
 
+def test_a_deadlock_at_the_barrier_is_no_error_of_the_stop(connect, db, make_job):
+    """A stop queues for the barrier, found in a deadlock by its caller's own transaction; once that is over for the other, it goes on."""
+    job_id, other_id = make_job(running=1), make_job(running=1)
+    inserter, stopper = connect(autocommit=False), connect(autocommit=False)
+    stopper.execute("SET deadlock_timeout = '10ms'; SET lock_timeout = '10s'")
+    inserter.execute("SET deadlock_timeout = '60s'; SET lock_timeout = '500ms'")
+    inserter.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
+    stopper.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
+
+    def give_up() -> None:
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            inserter.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
+        inserter.rollback()
+
+    with in_thread(give_up):
+        wait_until(lambda: is_waiting(db, inserter))
+        stop = stopper.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]
+    stopper.commit()
+    assert stop["executions_stopped"] == 1
+
+
 def test_a_stop_waits_for_no_rows_of_another_job(connect, db, make_job):
     """Ids that are unique only within a job, as the primary key (job_id, id) has them."""
     db.execute("ALTER TABLE executions DROP CONSTRAINT executions_pkey, ADD PRIMARY KEY (job_id, id)")
