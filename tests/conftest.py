@@ -106,9 +106,33 @@ def create_service_role(**connection: Any) -> None:
 
 
 installed = factories.postgresql_noproc(depends_on="database_server", load=[*beacon_stop.sql_files(), create_service_role])
-database = factories.postgresql("installed")
-bare = factories.postgresql_noproc(depends_on="database_server", dbname="bare", load=[])
-bare_database = factories.postgresql("bare")
+database_numbers = itertools.count(1)
+
+
+@contextmanager
+def new_database(server_url: str, template: str) -> Iterator[psycopg.Connection]:
+    """A database of a name that no other test has: what an earlier one may have left running does not find it."""
+    name = f"test_{next(database_numbers)}"
+    with psycopg.connect(server_url, autocommit=True) as server:
+        server.execute(f"DROP DATABASE IF EXISTS {name}")  # an interrupted run's, where the server outlives it
+        server.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            with psycopg.connect(server_url, dbname=name) as connection:
+                yield connection
+        finally:
+            server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(installed: Any, server_url: str) -> Iterator[psycopg.Connection]:
+    with new_database(server_url, installed.template_dbname) as connection:
+        yield connection
+
+
+@pytest.fixture
+def bare_database(server_url: str) -> Iterator[psycopg.Connection]:
+    with new_database(server_url, "template0") as connection:
+        yield connection
 
 
 def url_of(connection: psycopg.Connection, server_url: str, **changes: Any) -> str:
@@ -252,12 +276,8 @@ def make_app(service_url: str) -> Iterator[Callable[..., beacon_stop.Application
 @pytest.fixture(scope="session")
 def shared_url(installed: Any, server_url: str) -> Iterator[str]:
     """A database for tests that leave no trace in it: one for all, since making one takes a while."""
-    with psycopg.connect(server_url, autocommit=True) as server:
-        server.execute("DROP DATABASE IF EXISTS shared")
-        server.execute(f"CREATE DATABASE shared TEMPLATE {installed.template_dbname}")
-    yield make_conninfo(server_url, dbname="shared", user="beacon_service", password=SERVICE_PASSWORD)
-    with psycopg.connect(server_url, autocommit=True) as server:
-        server.execute("DROP DATABASE shared WITH (FORCE)")
+    with new_database(server_url, installed.template_dbname) as connection:
+        yield url_of(connection, server_url, user="beacon_service", password=SERVICE_PASSWORD)
 
 
 @pytest.fixture(scope="session")
@@ -394,5 +414,6 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 
 
 def is_waiting(db: psycopg.Connection, session: psycopg.Connection) -> bool:
-    """Whether a session waits for a lock."""
-    return db.execute("SELECT wait_event_type = 'Lock' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)).fetchone()[0]
+    """Whether a session waits for a lock, and not in passing: a stop's first wait ends after 2 ms, for another way to wait."""
+    query = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted AND waitstart < clock_timestamp() - interval '20 ms')"
+    return db.execute(query, (session.info.backend_pid,)).fetchone()[0]

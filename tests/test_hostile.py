@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import psycopg
@@ -891,10 +892,13 @@ def test_a_listening_worker_is_told_no_later_than_the_http_caller(client, connec
     assert sorted(later)[len(later) // 2] < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*SystemExit")  # how its thread ends here
 def test_the_readmes_worker_misses_no_stop(db, connect, make_job, service_url):
     example: dict = {}
     exec(readme_block("python", "class StopWatch"), example)
+    threads = set(threading.enumerate())
     watch = example["StopWatch"](service_url, poll_seconds=3600)
+    (thread,) = set(threading.enumerate()) - threads
     first, second, third = make_job(running=1), make_job(running=1), make_job(running=1)
     listening = "SELECT 1 FROM pg_stat_activity WHERE usename = 'beacon_service' AND query LIKE 'LISTEN%' AND state = 'idle'"
     stop = "SELECT emergency_stop_job(%s)"
@@ -927,6 +931,14 @@ def test_the_readmes_worker_misses_no_stop(db, connect, make_job, service_url):
     assert done == [1]
     assert example["work"](watch, third, [lambda: done.append(3)]) is False, "a job that had ended before"
     assert done == [1]
+
+    def end(*_, **__):
+        raise SystemExit
+
+    example["psycopg"] = SimpleNamespace(connect=end, OperationalError=psycopg.OperationalError)
+    db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'beacon_service'")
+    thread.join(10)
+    assert not thread.is_alive(), "it would go on in the tests that follow"
 
 
 # --- Any order of anything ---
