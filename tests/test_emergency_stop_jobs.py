@@ -276,7 +276,9 @@ def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make
     assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (3, 3)
 
 
-def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(client, db, make_job, slow):
+def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_job, slow):
+    app = make_app()
+    client = client_of(app)
     first, hangs = make_job("slow-1", running=1), make_job(running=1)
     others = [make_job(running=1) for _ in range(20)]
     (pid,) = db.execute(f"SELECT pid {GROUP_SESSION}").fetchone()
@@ -286,6 +288,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(client, db, make_jo
             os.kill(pid, signal.SIGSTOP)
             try:
                 stuck = executor.submit(client.stop, hangs)
+                wait_until(lambda: app.service().group.due)  # it leads the group
                 assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
                 assert not stuck.done()
             finally:
