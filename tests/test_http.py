@@ -6,7 +6,7 @@ import tracemalloc
 
 import psycopg
 import pytest
-from conftest import TOKEN, Client, count_active
+from conftest import GENEROUS, TOKEN, Client, count_active, new_database, url_of
 
 import beacon_stop
 
@@ -256,7 +256,7 @@ def test_metadata_that_python_could_not_read(client, db, make_job, metadata):
     assert client.stop(job_id).status == 200
 
 
-def test_executions(client, make_job):
+def test_executions(client, make_job, db):
     make_job(running=1)
     job_id = make_job(running=3, completed=2)
 
@@ -272,6 +272,9 @@ def test_executions(client, make_job):
     assert ids(f"job_id={job_id}&after=3&limit=2&unknown=x") == [4, 5]
     assert ids("job_id=nix") == []
     assert ids(f"job_id={job_id}&status=no+such") == []
+    db.execute("INSERT INTO executions (id, job_id) VALUES (-5, %s), (-3, %s)", (job_id, job_id))
+    assert ids(f"job_id={job_id}&limit=3") == [-5, -3, 2]
+    assert ids(f"job_id={job_id}&after=-5&limit=2") == [-3, 2]
     make_job("jöb", running=1)
     assert ids("job_id=j%C3%B6b") == ids("job_id=jöb".encode().decode("latin-1")) == [7]
 
@@ -391,16 +394,33 @@ def test_the_callers_request_id(shared_client, given, taken):
     assert (answer.headers["X-Request-ID"] == given) == taken
 
 
-def test_a_bug_leaks_no_detail(client, make_job, db, capsys):
+@pytest.mark.parametrize("bug", ["NULL::json", "to_json(1 / length(right(id, 0)))", "to_json(repeat('9', 99)::int)"])
+def test_a_bug_leaks_no_detail(client, make_job, db, capsys, bug):
     job_id = make_job(running=1)
     db.execute("ALTER FUNCTION emergency_stop_job RENAME TO hidden")
-    db.execute("CREATE FUNCTION emergency_stop_job(id text, reason text) RETURNS json LANGUAGE sql AS $$ SELECT NULL::json $$")
+    db.execute(f"CREATE FUNCTION emergency_stop_job(id text, reason text) RETURNS json LANGUAGE sql AS $$ SELECT {bug} $$")
 
     answer = client.stop(job_id, HTTP_X_REQUEST_ID="req-1")
     assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": "req-1"})
     logged = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["request_id"] for line in logged] == ["req-1", "req-1"]
     assert "Traceback" in "".join(line.get("traceback", "") for line in logged)
+
+
+def test_what_the_databases_encoding_does_not_have(installed, server_url):
+    with new_database(server_url, "template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'") as database:
+        url = url_of(database, server_url)
+        beacon_stop.init_db(url)
+        database.execute("INSERT INTO jobs (id) VALUES ('jöb')")
+        database.commit()
+        app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=url, **GENEROUS)
+        try:
+            client = Client(app)
+            assert client.stop("jöb").json["new_status"] == "failed"
+            answer = client.stop("日本")
+        finally:
+            app.close()
+    assert (answer.status, answer.json) == (400, {"error": "a value cannot be used: the database cannot hold it"})
 
 
 # --- Limits ---
