@@ -207,6 +207,12 @@ def stop(service: psycopg.Connection) -> Callable[..., dict[str, Any]]:
     return stop
 
 
+def slow_down_stops(db: psycopg.Connection, seconds: float) -> None:
+    db.execute(f"""
+        CREATE FUNCTION slow_down() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;
+        CREATE TRIGGER slow_down BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION slow_down()""")
+
+
 def age(db: psycopg.Connection, minutes: float, *job_ids: str) -> None:
     """Make jobs and all their executions look as if nothing had happened to them for so many minutes."""
     for statement in (

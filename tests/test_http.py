@@ -6,7 +6,7 @@ import tracemalloc
 
 import psycopg
 import pytest
-from conftest import GENEROUS, TOKEN, Client, count_active, new_database, url_of
+from conftest import GENEROUS, TOKEN, Client, count_active, new_database, slow_down_stops, url_of
 
 import beacon_stop
 
@@ -639,11 +639,23 @@ def test_a_database_of_another_encoding(database_server, server_url, make_app, e
 
 
 def test_a_call_beyond_the_statement_timeout_is_refused_and_changes_nothing(db, make_app, make_job):
-    client = Client(make_app(statement_timeout="300ms", lock_timeout="10s"))
+    client = Client(make_app(statement_timeout="300ms"))
     job_id = make_job(running=1)
-    with psycopg.connect(db.info.dsn) as other:
-        other.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    slow_down_stops(db, 2)
 
-        answer = client.stop(job_id)
-    assert (answer.status, answer.json["error"]) == (503, "statement timeout: the database took too long")
+    answer = client.stop(job_id)
+    assert (answer.status, answer.json) == (503, {"error": "statement timeout: the database took too long"})
     assert count_active(db, job_id) == 1
+
+
+def test_a_lock_timeout_beyond_the_statement_timeout_does_not_hide_who_holds_the_job(db, connect, make_app, make_job):
+    client = Client(make_app(statement_timeout="500ms", lock_timeout="10s"))
+    job_id = make_job(running=1)
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+
+    answer = client.stop(job_id)
+    assert (answer.status, answer.json["error"]) == (503, "job is locked")
+    assert [blocker["pid"] for blocker in answer.json["blocked_by"]] == [holder.info.backend_pid]
+    assert count_active(db, job_id) == 1
+    assert client.stop(job_id, b'{"force": true}').json["sessions_ended"] == 1

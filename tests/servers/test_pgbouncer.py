@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, Client, Service, count_active, in_thread, wait_until
+from conftest import SERVICE_PASSWORD, Client, Service, count_active, in_thread, slow_down_stops, wait_until
 from processes import Running, accepts_connections, free_port, running, unprivileged
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -235,10 +235,10 @@ def test_any_characters_pass(db, make_job, start_pooled, standard):
         assert len(service("GET", f"/api/v1/executions?job_id={quote(id)}&status={quote('failed')}").json["executions"]) == 1
 
 
-def test_timeouts_are_honoured(db, make_job, hold, start_pooled, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="10s", BEACON_STATEMENT_TIMEOUT="300ms")
+def test_timeouts_are_honoured(db, make_job, start_pooled):
+    service = start_pooled(BEACON_STATEMENT_TIMEOUT="300ms")
     job = make_job(running=1)
-    hold(owner_url, job)
+    slow_down_stops(db, 2)
     answer = service.stop(job)
 
     assert (answer.status, answer.json) == (503, {"error": "statement timeout: the database took too long"})
