@@ -120,6 +120,8 @@ def new_database(server_url: str, template: str) -> Iterator[psycopg.Connection]
             with psycopg.connect(server_url, dbname=name) as connection:
                 yield connection
         finally:
+            sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+            wait_until(lambda: not server.execute(sessions, (name,)).fetchall())  # DROP DATABASE looks every 100 ms only
             server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
