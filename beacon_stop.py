@@ -1513,10 +1513,13 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
             postgres = library.get_server(folder / f"postgresql-{version}", cleanup_mode=None)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder.resolve()}: {error}") from None
+        Path(runtime).chmod(0o700)  # if the socket is in it, the library has let in everybody, as a superuser
         try:
             yield postgres.get_uri()
         finally:
             postgres.stop()
+            postgres.cleanup()
+            atexit.unregister(postgres._cleanup)  # which would make the runtime folder anew, for its lock
 
 
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:

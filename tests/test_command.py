@@ -108,9 +108,12 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
 
 
 def test_the_demo_from_its_first_line_to_its_last_process(folder):
+    temporary = folder / "tmp"
+    temporary.mkdir()
     folder /= "it's a folder"
     folder.mkdir()
     environment = {
+        "TMPDIR": str(temporary),
         "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT),
         "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service",
     }  # fmt: skip
@@ -133,6 +136,7 @@ def test_the_demo_from_its_first_line_to_its_last_process(folder):
         listed = send(url, "GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
         assert sorted(execution["status"] for execution in listed) == ["completed"] * 10 + ["failed"] * 42
         postmaster = int((folder / ".beacon" / "postgresql-18" / "postmaster.pid").read_text().splitlines()[0])
+        assert [runtime.stat().st_mode & 0o777 for runtime in temporary.iterdir()] == [0o700], "whoever gets at the socket is a superuser"
 
         again = subprocess.run(
             [sys.executable, "-m", "beacon_stop", "serve", "--demo"], env=environment, cwd=folder, capture_output=True, text=True
@@ -146,6 +150,7 @@ def test_the_demo_from_its_first_line_to_its_last_process(folder):
     assert "Traceback" not in log
     assert token not in log
     wait_until(lambda: not Path(f"/proc/{postmaster}").exists())
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_folder_that_the_demo_cannot_use_is_named(tmp_path):

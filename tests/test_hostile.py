@@ -908,6 +908,7 @@ def test_the_readmes_worker_misses_no_stop(db, connect, make_job, service_url):
         assert not stopped.is_set()
         db.execute(stop, (first,))
         assert stopped.wait(10), "by notification"
+    watch.look(db, first)  # as its thread does, if the block ends just then
 
     with watch.job(second) as stopped, watch.job(third) as untouched:
         db.execute("ALTER ROLE beacon_service CONNECTION LIMIT 0")
