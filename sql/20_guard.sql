@@ -114,24 +114,20 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_job_id text;
-    v_locked boolean;
-    v_status text;
-    v_others boolean;
 BEGIN
-    -- The common case, for which every insert pays: one job, which goes on, and no stop of it about.
-    SELECT i.job_id, pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id, 'jobs'::regclass::oid::bigint))
-    INTO v_job_id, v_locked
+    -- The common case, for which every insert pays: one job, which goes on, and no stop of it about. What is known of it
+    -- is asked for in few statements and expressions, since each costs more than what it does.
+    SELECT CASE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id, 'jobs'::regclass::oid::bigint))
+                     AND current_setting('transaction_isolation') = 'read committed' THEN i.job_id END
+    INTO v_job_id
     FROM inserted i;  -- INTO takes one row, LIMIT would cost more
-    IF v_locked AND current_setting('transaction_isolation') = 'read committed' THEN
-        -- In a statement of its own, whose snapshot is younger than the lock. EXISTS would cost more than the join.
-        SELECT j.status, i.job_id IS NOT NULL
-        INTO v_status, v_others
-        FROM jobs j
-        LEFT JOIN inserted i ON i.job_id <> j.id
-        WHERE j.id = v_job_id;
-        IF v_status NOT IN ('completed', 'failed', 'cancelled') AND NOT v_others THEN
-            RETURN NULL;
-        END IF;
+    -- In a statement of its own, whose snapshot is younger than the lock. EXISTS would cost more than the join.
+    PERFORM
+    FROM jobs j
+    LEFT JOIN inserted i ON i.job_id <> j.id
+    WHERE j.id = v_job_id AND j.status NOT IN ('completed', 'failed', 'cancelled') AND i.job_id IS NULL;
+    IF FOUND THEN
+        RETURN NULL;
     END IF;
 
     PERFORM admit_execution(i.job_id)
@@ -142,99 +138,82 @@ $$;
 REVOKE ALL ON FUNCTION guard_inserted_executions() FROM PUBLIC;
 COMMENT ON FUNCTION guard_inserted_executions() IS 'Trigger: no active execution is added to a job that has ended.';
 
--- guard_started_execution(): refuses an update that makes an execution active, or moves an active one to another
--- job, when the job it then belongs to has ended.
--- Raises   what admit_execution raises
+-- guard_updated_execution(): refuses an update that makes an execution active, or moves an active one to another job,
+-- when the job it then belongs to has ended. Keeps an execution that an emergency stop failed as it is, its mark
+-- included: other keys of its output may be added or changed, and it is released by taking the mark away and setting
+-- another status in one UPDATE that keeps the rest of the output.
+-- Raises   what admit_execution raises; object_not_in_prerequisite_state (55000)
 -- Locks    what admit_execution locks, after the execution's row
-CREATE OR REPLACE FUNCTION guard_started_execution()
+CREATE OR REPLACE FUNCTION guard_updated_execution()
 RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    PERFORM admit_execution(NEW.job_id);
+    IF NEW.status IN ('pending', 'running', 'processing') THEN
+        PERFORM admit_execution(NEW.job_id);
+    END IF;
+    IF OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}' AND (
+        NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}'
+        OR NEW.status <> 'failed' AND NOT NEW.output ? 'emergency_stop' AND NEW.output @> (OLD.output - 'emergency_stop')
+    ) IS NOT TRUE THEN
+        RAISE object_not_in_prerequisite_state
+            USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
+                  HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = ... in one statement.';
+    END IF;
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION guard_started_execution() FROM PUBLIC;
-COMMENT ON FUNCTION guard_started_execution() IS 'Trigger: no execution becomes active in a job that has ended.';
+REVOKE ALL ON FUNCTION guard_updated_execution() FROM PUBLIC;
+COMMENT ON FUNCTION guard_updated_execution() IS
+    'Trigger: no execution becomes active in a job that has ended; one that an emergency stop failed stays failed and marked.';
 
--- guard_stopped_execution(): keeps an execution that an emergency stop failed as it is, its mark included.
--- Other keys of its output may be added or changed. It is released by taking the mark away and setting another
--- status in one UPDATE that keeps the rest of the output.
--- Raises   object_not_in_prerequisite_state (55000)
--- Locks    nothing
-CREATE OR REPLACE FUNCTION guard_stopped_execution()
-RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    IF NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}'
-       OR NEW.status <> 'failed' AND NOT NEW.output ? 'emergency_stop' AND NEW.output @> (OLD.output - 'emergency_stop') THEN
-        RETURN NULL;
-    END IF;
-    RAISE object_not_in_prerequisite_state
-        USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
-              HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = ... in one statement.';
-END;
-$$;
-REVOKE ALL ON FUNCTION guard_stopped_execution() FROM PUBLIC;
-COMMENT ON FUNCTION guard_stopped_execution() IS 'Trigger: an execution that an emergency stop failed stays failed and marked.';
-
--- guard_stopped_job(): keeps a job that was emergency-stopped as it is, its mark and its id included.
+-- guard_updated_job(): keeps a job that was emergency-stopped as it is, its mark and its id included.
 -- Other keys of its metadata may be added or changed. It is released by taking the mark away and setting another
 -- status in one UPDATE that keeps the rest of the metadata: a stale copy written back does not do that by chance.
 -- Raises   object_not_in_prerequisite_state (55000)
 -- Locks    nothing
-CREATE OR REPLACE FUNCTION guard_stopped_job()
+CREATE OR REPLACE FUNCTION guard_updated_job()
 RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF NEW.id = OLD.id
-       AND (NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}'
-            OR NEW.status <> OLD.status AND NOT NEW.metadata ? 'emergency_stop' AND NEW.metadata @> (OLD.metadata - 'emergency_stop')) THEN
-        RETURN NULL;
+    IF OLD.metadata @> '{"emergency_stop": true}' AND (
+        NEW.id = OLD.id
+        AND (NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}'
+             OR NEW.status <> OLD.status AND NOT NEW.metadata ? 'emergency_stop' AND NEW.metadata @> (OLD.metadata - 'emergency_stop'))
+    ) IS NOT TRUE THEN
+        RAISE object_not_in_prerequisite_state
+            USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
+                  HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = ... in one statement.';
     END IF;
-    RAISE object_not_in_prerequisite_state
-        USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
-              HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = ... in one statement.';
+    RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION guard_stopped_job() FROM PUBLIC;
-COMMENT ON FUNCTION guard_stopped_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id.';
+REVOKE ALL ON FUNCTION guard_updated_job() FROM PUBLIC;
+COMMENT ON FUNCTION guard_updated_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id.';
 
--- AFTER triggers see the row as it ends up, whatever other triggers have made of it. The WHEN clauses are ordered
--- so that an ordinary update is let through by comparing its status alone.
+-- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
+-- anew in each statement, which would cost more than the rest of a one-row update: so they only let through what every
+-- worker does, in as few words as possible, and the functions look closer.
 DO $$
 BEGIN
+    IF to_regprocedure('guard_started_execution()') IS NOT NULL THEN  -- of an earlier installation, with all rules in the WHEN clauses
+        DROP FUNCTION guard_started_execution(), guard_stopped_execution(), guard_stopped_job() CASCADE;
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_inserted_executions') THEN
         CREATE TRIGGER guard_inserted_executions AFTER INSERT ON executions
             REFERENCING NEW TABLE AS inserted
             FOR EACH STATEMENT EXECUTE FUNCTION guard_inserted_executions();
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_started_execution') THEN
-        CREATE TRIGGER guard_started_execution AFTER UPDATE ON executions
-            FOR EACH ROW WHEN (
-                NEW.status IN ('pending', 'running', 'processing')
-                AND ((OLD.status IN ('pending', 'running', 'processing')) IS NOT TRUE OR NEW.job_id IS DISTINCT FROM OLD.job_id)
-            )
-            EXECUTE FUNCTION guard_started_execution();
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_updated_execution') THEN
+        CREATE TRIGGER guard_updated_execution AFTER UPDATE ON executions
+            FOR EACH ROW WHEN ((OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE OR NEW.job_id IS DISTINCT FROM OLD.job_id)
+            EXECUTE FUNCTION guard_updated_execution();
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_stopped_execution') THEN
-        CREATE TRIGGER guard_stopped_execution AFTER UPDATE ON executions
-            FOR EACH ROW WHEN (
-                OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}'
-                AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.output IS DISTINCT FROM OLD.output)
-            )
-            EXECUTE FUNCTION guard_stopped_execution();
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('jobs') AND t.tgname = 'guard_stopped_job') THEN
-        CREATE TRIGGER guard_stopped_job AFTER UPDATE ON jobs
-            FOR EACH ROW WHEN (
-                OLD.status IN ('completed', 'failed', 'cancelled') AND OLD.metadata @> '{"emergency_stop": true}'
-                AND (NEW.status IS DISTINCT FROM OLD.status OR NEW.metadata IS DISTINCT FROM OLD.metadata OR NEW.id <> OLD.id)
-            )
-            EXECUTE FUNCTION guard_stopped_job();
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('jobs') AND t.tgname = 'guard_updated_job') THEN
+        CREATE TRIGGER guard_updated_job AFTER UPDATE ON jobs
+            FOR EACH ROW WHEN (OLD.status = ANY ('{completed,failed,cancelled}'))
+            EXECUTE FUNCTION guard_updated_job();
     END IF;
 END;
 $$;

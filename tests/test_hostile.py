@@ -430,6 +430,8 @@ def test_what_a_stop_leaves_free(db, make_job, stop):
     make_job("b", status="failed", failed=1)
     db.execute("UPDATE jobs SET status = 'pending' WHERE id = 'b'")
     db.execute("UPDATE executions SET status = 'running' WHERE job_id = 'b'")
+    db.execute("UPDATE executions SET status = 'completed', output = '{\"emergency_stop\": true}' WHERE job_id = 'b'")  # no mark of ours
+    db.execute("UPDATE executions SET output = output || '{\"partial\": 1}' WHERE job_id = 'b'")
     db.execute("DELETE FROM executions WHERE job_id = 'a'")
     db.execute("DELETE FROM jobs WHERE id = 'a'")
 

@@ -85,6 +85,18 @@ def test_installing_again_waits_for_nobody_who_works_with_the_tables(db, connect
     worker.commit()
 
 
+def test_an_earlier_installation_loses_the_triggers_that_others_took_the_place_of(db, owner_url):
+    current = everything(db)
+    earlier = {"guard_started_execution": "executions", "guard_stopped_execution": "executions", "guard_stopped_job": "jobs"}
+    for name, table in earlier.items():
+        db.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+        db.execute(f"CREATE TRIGGER {name} AFTER UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()")
+    db.execute("DROP TRIGGER guard_updated_execution ON executions; DROP TRIGGER guard_updated_job ON jobs")
+
+    beacon_stop.init_db(owner_url)
+    assert everything(db) == current
+
+
 def test_any_schema_of_the_search_path(bare_database, server_url):
     owner = psycopg.connect(url_of(bare_database, server_url), autocommit=True)
     owner.execute('CREATE SCHEMA "Odd, schema"')
@@ -131,6 +143,9 @@ def test_existing_tables_keep_their_columns_and_rows(bare_database, server_url):
         assert (job["status"], job["metadata"]["emergency_stop"]) == ("failed", True)
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             db.execute("INSERT INTO executions (job_id, status) VALUES ('job-1', 'pending')")
+        db.execute("INSERT INTO executions (status) VALUES ('pending')")
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+            db.execute("UPDATE executions SET job_id = 'job-1' WHERE job_id IS NULL")
         db.execute("UPDATE jobs SET created_at = now() - interval '1 hour'")
         db.execute("UPDATE executions SET created_at = now() - interval '1 hour'")
         assert db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 2
