@@ -105,11 +105,13 @@ ROWS = [
     Row("no-ops", "no-ops/s (already stopped), best server (bjoern)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
     Row("fastapi", "stops/s over HTTP, best server (granian)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
     Row("node", "stops/s over HTTP, best server (granian)", "Node + fastify + pg, pipelined", ">=", 1.3),
-    Row("flask", "stops/s over HTTP, best server (granian)", "Flask + SQLAlchemy + gunicorn", ">=", 3),
+    Row("flask", "stops/s over HTTP, best server (granian)", "Flask + SQLAlchemy + gunicorn, psycopg2", ">=", 3),
+    Row("flask prepared", "stops/s over HTTP, best server (granian)", "the same with psycopg 3, which prepares"),
     Row("go", "stops/s over HTTP, best server (granian)", "Go + gin + pgx, pipelined", ">=", 1.15),
     Row("large", "a stop of 500,000 executions", "the two bare UPDATEs in one transaction, same triggers", "<=", 1.05),
     Row("crowd", "a 42-execution stop beside 3,000,000 other rows, 300,000 of them the same job's", "beside none", "<=", 1.15),
     Row("insert", "single-row inserts/s with the guard, 8 clients", "without", ">=", 0.85),
+    Row("update", "single-row updates/s with the guard, 8 clients", "without"),
     Row("bulk", "rows/s of a 100,000-row INSERT ... SELECT with the guard", "without", ">=", 0.95),
     Row("flood", "time to stop over HTTP under a flood of 64 x 5 ms", "one transaction of the flood (5 ms)", "<=", 20),
     Row("memory", "memory of the service while it lists 1,000,000 executions", "idle", "<=", 30, "MB"),
@@ -270,10 +272,10 @@ def go(pool: int) -> Contender:
     return Contender(f"go {pool}", [str(TOOLS / "go-peer")], {"POOL": str(pool)})
 
 
-def flask(pool: int) -> Contender:
+def flask(pool: int, driver: str = "psycopg2") -> Contender:
     command = ["gunicorn", "flask_peer:app", "--worker-class", "gthread", "--workers", "2", "--threads", "8", "--keep-alive", "75",
                "--bind", "127.0.0.1:{port}"]  # fmt: skip
-    return Contender(f"flask 2x{pool}", command, {"POOL": str(pool)})
+    return Contender(f"flask 2x{pool} {driver}", command, {"POOL": str(pool), "DRIVER": driver})
 
 
 def stdlib(pool: int) -> Contender:
@@ -302,6 +304,7 @@ def contenders() -> dict[str, Contender]:
     return {
         "pgbench": Contender("pgbench"), "granian": granian(2, 8, pool=4), "bjoern": bjoern(),
         "stdlib": stdlib(16), "fastapi": fastapi(3), "node": node(2, 2), "go": go(3), "flask": flask(2),
+        "flask prepared": flask(2, "psycopg"),
     }  # fmt: skip
 
 
@@ -313,6 +316,7 @@ def alternatives() -> list[Contender]:
         granian(1, 16, pool=4), granian(2, 1), granian(2, 8, pool=4), granian(2, 16, pool=4), granian(3, 8, pool=4), bjoern(),
         service("cheroot 8", 8, cheroot), service("gunicorn 2x8", 8, gunicorn), stdlib(4), stdlib(16), fastapi(2), fastapi(3),
         fastapi(4), node(1, 16), node(2, 2), node(2, 4), go(2), go(3), go(4), flask(2), flask(4), flask(8),
+        flask(2, "psycopg"), flask(4, "psycopg"),
     ]  # fmt: skip
 
 
@@ -442,7 +446,7 @@ class Bench:
             "pgbench": figure("granian", "pgbench"),
             "stdlib": figure("stdlib", "pgbench"),
             "no-ops": figure("bjoern", "fastapi", lambda runner: runner.noops),
-            **{name: figure("granian", name) for name in ("fastapi", "node", "flask", "go")},
+            **{name: figure("granian", name) for name in ("fastapi", "node", "flask", "flask prepared", "go")},
         }
 
     def choices(self) -> dict[str, Figure]:
@@ -584,16 +588,19 @@ class Bench:
         sides = {"guarded": self.databases.create("guarded"), "unguarded": self.databases.create("unguarded")}
         sides["unguarded"].execute("ALTER TABLE executions DISABLE TRIGGER USER")
         single = f"\\set job random({FIRST_JOB}, {FIRST_JOB + 999})\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n"
+        update = "\\set id random(1, 10000)\nUPDATE executions SET status = 'running', started_at = now() WHERE id = :id;\n"
         bulk = "INSERT INTO executions (job_id, status) SELECT %s, 'pending' FROM generate_series(1, 100000)"
-        rates: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in sides} for kind in ("insert", "bulk")}
+        rates: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in sides} for kind in ("insert", "update", "bulk")}
         for number in range(1, 2 * ROUNDS + 1):
             for name in random.sample(list(sides), 2):
                 load(sides[name], 1_000, active=0, completed=0)
                 rates["insert"][name].append(self.pgbench.run(name, single, 8, 2)[1])
+                rates["update"][name].append(self.pgbench.run(name, update, 8, 1)[1])
             for name in random.sample(list(sides), 2):
                 load(sides[name], 1_000, active=0, completed=0)
                 rates["bulk"][name].append(100_000 / timed(lambda: sides[name].execute(bulk, (str(FIRST_JOB),))))  # noqa: B023
-            shown = {name: f"{rates['insert'][name][-1]:,.0f} inserts/s, {rates['bulk'][name][-1]:,.0f} rows/s in bulk" for name in sides}
+            last = {name: {kind: f"{rates[kind][name][-1]:,.0f}" for kind in rates} for name in sides}
+            shown = {name: "{insert} inserts/s, {update} updates/s, {bulk} rows/s in bulk".format(**last[name]) for name in sides}
             say(f"round {number} of {2 * ROUNDS}: guarded {shown['guarded']}; not guarded {shown['unguarded']}")
         self.databases.drop(*sides)
         return {
