@@ -196,8 +196,29 @@ COMMENT ON FUNCTION guard_updated_job() IS 'Trigger: a job that was emergency-st
 -- anew in each statement, which would cost more than the rest of a one-row update: so they only let through what every
 -- worker does, in as few words as possible, and the functions look closer.
 DO $$
+DECLARE
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_deadline     CONSTANT timestamptz := clock_timestamp() + interval '10s';
+    v_tables       text[] := '{jobs,executions}';
 BEGIN
     IF to_regprocedure('guard_started_execution()') IS NOT NULL THEN  -- of an earlier installation, with all rules in the WHEN clauses
+        -- Workers lock the tables in either order. Whichever we took first and kept, some of them would be in a deadlock with us.
+        LOOP
+            BEGIN
+                PERFORM set_config('lock_timeout', '200ms', true);
+                EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_tables[1]);
+                PERFORM set_config('lock_timeout', '20ms', true);
+                EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_tables[2]);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                IF clock_timestamp() > v_deadline THEN
+                    RAISE;
+                END IF;
+                v_tables := ARRAY[v_tables[2], v_tables[1]];
+                PERFORM pg_sleep(0.05);
+            END;
+        END LOOP;
+        PERFORM set_config('lock_timeout', v_lock_timeout, true);
         DROP FUNCTION guard_started_execution(), guard_stopped_execution(), guard_stopped_job() CASCADE;
     END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_inserted_executions') THEN

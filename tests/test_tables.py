@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import ROOT, readme_block, url_of
+from conftest import ROOT, in_thread, readme_block, url_of, wait_until
 
 import beacon_stop
 
@@ -85,15 +85,31 @@ def test_installing_again_waits_for_nobody_who_works_with_the_tables(db, connect
     worker.commit()
 
 
-def test_an_earlier_installation_loses_the_triggers_that_others_took_the_place_of(db, owner_url):
-    current = everything(db)
+def make_earlier(db: psycopg.Connection) -> None:
+    """Give the database the triggers that it had before one for each table took their place."""
     earlier = {"guard_started_execution": "executions", "guard_stopped_execution": "executions", "guard_stopped_job": "jobs"}
     for name, table in earlier.items():
         db.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
         db.execute(f"CREATE TRIGGER {name} AFTER UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()")
     db.execute("DROP TRIGGER guard_updated_execution ON executions; DROP TRIGGER guard_updated_job ON jobs")
 
-    beacon_stop.init_db(owner_url)
+
+@pytest.mark.parametrize("order", ["nobody", "job first", "execution first"])
+def test_an_earlier_installation_loses_its_triggers_whatever_workers_lock_first(db, connect, owner_url, make_job, order):
+    job_id = make_job(running=1)
+    current = everything(db)
+    make_earlier(db)
+    worker = connect(autocommit=False)
+    updates = ["UPDATE jobs SET updated_at = now() WHERE id = %s", "UPDATE executions SET started_at = now() WHERE job_id = %s"]
+    first, second = updates if order == "job first" else updates[::-1]
+    if order != "nobody":
+        worker.execute(first, (job_id,))
+
+    with in_thread(lambda: beacon_stop.init_db(owner_url)):
+        if order != "nobody":
+            wait_until(lambda: db.execute("SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted").fetchall())
+            worker.execute(second, (job_id,))
+            worker.commit()
     assert everything(db) == current
 
 
