@@ -1472,7 +1472,7 @@ def sql_files() -> list[Path]:
     """The files of sql/ in the order in which they are loaded: beside this module, or in the wheel's own folder."""
     here = Path(__file__).parent
     folder = here / "beacon_stop_sql"
-    return sorted((folder if folder.is_dir() else here / "sql").glob("*.sql"))
+    return sorted((folder if folder.is_dir() else here / "sql").glob("[0-9]*.sql"))
 
 
 def init_db(database_url: str) -> None:

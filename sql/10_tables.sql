@@ -9,19 +9,6 @@
 --          wrong_object_type (42809)      jobs or executions is not a table
 --          invalid_table_definition (42P16)  jobs.id is not unique
 
-DO $$
-BEGIN
-    IF current_schema() IS NULL THEN
-        RAISE invalid_schema_name
-            USING MESSAGE = 'search_path names no schema that exists: expected the one to install into';
-    END IF;
-    -- Each file begins so: installers take turns, and every name means the installer's first schema, never a temporary table.
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));       -- until the end of this file
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));  -- until the commit, if the caller has a transaction
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 -- Existing tables: refuse what cannot work, add the columns that can be empty.
 DO $$
 DECLARE
@@ -129,8 +116,9 @@ $$;
 -- CREATE INDEX IF NOT EXISTS would lock the table before it looks.
 DO $$
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_active_idx') THEN
-        CREATE INDEX executions_job_id_active_idx ON executions (job_id) WHERE status IN ('pending', 'running', 'processing');
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_unfinished_idx') THEN
+        CREATE INDEX executions_job_id_unfinished_idx ON executions (job_id, status) WHERE status NOT IN ('completed', 'failed', 'cancelled');
+        DROP INDEX IF EXISTS executions_job_id_active_idx;  -- of version 1.0
     END IF;
     IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_id_idx') THEN
         CREATE INDEX executions_job_id_id_idx ON executions (job_id, id) WITH (fillfactor = 60);
@@ -156,7 +144,18 @@ CREATE TABLE IF NOT EXISTS emergency_stops (
     client_address     inet DEFAULT inet_client_addr(),
     stopped_at         timestamptz NOT NULL
 );
-COMMENT ON TABLE emergency_stops IS 'Append-only: one row for each emergency stop that changed something.';
+-- What version 1.0 did not record yet.
+ALTER TABLE emergency_stops
+    ADD COLUMN IF NOT EXISTS action         text NOT NULL DEFAULT 'stop' CHECK (action IN ('stop', 'release')),
+    ADD COLUMN IF NOT EXISTS new_status     text,
+    ADD COLUMN IF NOT EXISTS sessions_ended int NOT NULL DEFAULT 0 CHECK (sessions_ended >= 0),
+    ADD COLUMN IF NOT EXISTS caller         jsonb CHECK (jsonb_typeof(caller) = 'object');
+CREATE INDEX IF NOT EXISTS emergency_stops_job_id_id_idx ON emergency_stops (job_id, id);
+COMMENT ON TABLE emergency_stops IS 'Append-only: one row for each emergency stop and for each release.';
+COMMENT ON COLUMN emergency_stops.stopped_at IS 'When the stop, or the release, was made.';
+COMMENT ON COLUMN emergency_stops.new_status IS 'The state that the job was left in; NULL in rows of version 1.0.';
+COMMENT ON COLUMN emergency_stops.sessions_ended IS 'How many sessions that held the job were ended.';
+COMMENT ON COLUMN emergency_stops.caller IS 'What the caller says of itself: actor, client (its address), request_id.';
 COMMENT ON COLUMN emergency_stops.client_address IS 'Where the database session came from; NULL for a Unix socket.';
 
 CREATE TABLE IF NOT EXISTS batch_changes (
@@ -234,11 +233,5 @@ BEGIN
             MESSAGE = format('everyone may create functions in schema %I, also such as take the place of what these functions call', current_schema()),
             HINT = format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC;', current_schema());
     END IF;
-END;
-$$;
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
 END;
 $$;

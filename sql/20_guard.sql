@@ -5,14 +5,6 @@
 -- not: a stop that waits for the job's row is overtaken by inserters (their foreign key shares it) for ever.
 -- A second advisory lock is the stop's sign that it waits for rows: whoever queues for the barrier then gives way.
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             above READ COMMITTED: the job has changed since the snapshot
@@ -236,11 +228,5 @@ BEGIN
             FOR EACH ROW WHEN (OLD.status = ANY ('{completed,failed,cancelled}'))
             EXECUTE FUNCTION guard_updated_job();
     END IF;
-END;
-$$;
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
 END;
 $$;

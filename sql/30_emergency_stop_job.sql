@@ -16,14 +16,6 @@
 --          nothing left to stop it locks and writes nothing, and only waits until a synchronous standby, if there is
 --          one, has what was written before.
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 CREATE OR REPLACE FUNCTION emergency_stop_job(id text, reason text DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -250,9 +242,3 @@ COMMENT ON FUNCTION emergency_stop_job(text, text) IS
     'Stops a job and all its executions for good; returns the JSON summary, or {error, job_id} for an unknown job. '
     'Raises 55P03 when others hold the job for longer than lock_timeout (10 s where that is 0), 25000 above READ COMMITTED, '
     '25006 in a read-only transaction, 22023 for a reason of more than 1000 characters. Locks the job''s barrier, its row and its active executions until the transaction ends.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

@@ -8,14 +8,6 @@
 -- Those that merely wait are left out, and so are other stops of the job that are at work. Batches, which hold the
 -- same barriers in the same way, are not: they are known by a lock of their own.
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
 RETURNS TABLE (pid int, application_name text, state text, transaction_seconds numeric)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -74,9 +66,3 @@ $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'The sessions that hold up a stop of this job which is waiting now in another session: pid, application_name, state, transaction_seconds. Locks nothing.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

@@ -4,14 +4,6 @@
 -- Raises   nothing of its own
 -- Locks    nothing
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 CREATE OR REPLACE FUNCTION get_job(id text)
 RETURNS json LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -34,9 +26,3 @@ END;
 $$;
 REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
 COMMENT ON FUNCTION get_job(text) IS 'One job as JSON, {job, status}, or {error, job_id} for an unknown one. Locks nothing.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

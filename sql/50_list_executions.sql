@@ -6,14 +6,6 @@
 -- Raises   nothing of its own
 -- Locks    nothing
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 CREATE OR REPLACE FUNCTION list_executions(
     job_id text, status text DEFAULT NULL, after bigint DEFAULT NULL, max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)
 RETURNS TABLE (id bigint, execution json)
@@ -48,9 +40,3 @@ $$;
 REVOKE ALL ON FUNCTION list_executions(text, text, bigint, bigint, bigint) FROM PUBLIC;
 COMMENT ON FUNCTION list_executions(text, text, bigint, bigint, bigint) IS
     'A job''s executions as JSON in id order, optionally of one status, above an id, up to a number of rows or of bytes. Locks nothing.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

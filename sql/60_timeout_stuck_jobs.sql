@@ -12,14 +12,6 @@
 --          transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left for the
 --          next call.
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 -- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have been.
 -- Returns  true or false
 -- Raises   nothing of its own
@@ -151,9 +143,3 @@ COMMENT ON FUNCTION timeout_stuck_jobs(interval, int) IS
     'Fails jobs, with their active executions, that have not progressed for the threshold; up to max_jobs, the oldest first; '
     'returns the JSON summary. Raises 25000 above READ COMMITTED, 22023 for arguments out of range. '
     'Locks each job''s barrier, active executions and row until the transaction ends, leaving out jobs that others hold.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

@@ -11,14 +11,6 @@
 -- Locks    for each job its row, FOR NO KEY UPDATE, and its barrier, alone, until the transaction ends. It waits for
 --          neither: a job that others hold is left for the next call.
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 -- republications(id): how often a job was republished, as far as it matters.
 -- Returns  0 to 3, where 3 means 3 or more
 -- Raises   nothing of its own
@@ -127,9 +119,3 @@ COMMENT ON FUNCTION repair_stuck_jobs(interval, int) IS
     'Sets jobs that failed within max_age back to pending, up to max_jobs, three times each at most, never an emergency-stopped one; '
     'returns the JSON summary. Raises 25000 above READ COMMITTED, 22023 for arguments out of range. '
     'Locks each job''s barrier and row until the transaction ends, leaving out jobs that others hold.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

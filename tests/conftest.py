@@ -111,7 +111,12 @@ def create_service_role(**connection: Any) -> None:
             db.execute(readme_block("sql", "GRANT EXECUTE ON FUNCTION emergency_stop_jobs"))
 
 
-installed = factories.postgresql_noproc(depends_on="database_server", load=[*beacon_stop.sql_files(), create_service_role])
+def install(**connection: Any) -> None:
+    connection.pop("autocommit")
+    beacon_stop.init_db(make_conninfo(**connection))
+
+
+installed = factories.postgresql_noproc(depends_on="database_server", load=[install, create_service_role])
 database_numbers = itertools.count(1)
 
 

@@ -5,14 +5,6 @@
 -- Raises   what emergency_stop_job raises, but for lock_not_available
 -- Locks    what emergency_stop_job locks, job by job in the order given, all until the transaction ends
 
-DO $$
-BEGIN
-    PERFORM pg_advisory_lock(hashtext('beacon-stop install'));
-    PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), false);
-END;
-$$;
-
 CREATE OR REPLACE FUNCTION emergency_stop_jobs(ids text[], reasons text[] DEFAULT NULL)
 RETURNS TABLE (id text, summary json) LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -37,9 +29,3 @@ $$;
 REVOKE ALL ON FUNCTION emergency_stop_jobs(text[], text[]) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_jobs(text[], text[]) IS
     'Stops several jobs in one transaction; returns for each emergency_stop_job''s summary, or NULL where others hold the job: that one is not stopped.';
-
-DO $$
-BEGIN
-    PERFORM pg_advisory_unlock(hashtext('beacon-stop install'));
-END;
-$$;

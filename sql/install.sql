@@ -1,0 +1,15 @@
+-- Installs Beacon Stop into the first schema of search_path: psql -f sql/install.sql. It can be repeated at any time.
+\set ON_ERROR_STOP on
+BEGIN;
+\ir 00_begin.sql
+\ir 10_tables.sql
+\ir 15_helpers.sql
+\ir 20_guard.sql
+\ir 30_emergency_stop_job.sql
+\ir 31_emergency_stop_blockers.sql
+\ir 32_emergency_stop_jobs.sql
+\ir 40_get_job.sql
+\ir 50_list_executions.sql
+\ir 60_timeout_stuck_jobs.sql
+\ir 70_repair_stuck_jobs.sql
+COMMIT;
