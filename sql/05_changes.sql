@@ -62,12 +62,13 @@ RETURNS TABLE (does text, statement text) LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
     WITH outdated (signature) AS (
-        VALUES ('emergency_stop_end_blockers(text)'), ('list_executions(text,text,bigint,bigint,bigint)'),
+        VALUES ('emergency_stop_end_blockers(text)'), ('emergency_stop_job(text,text)'), ('emergency_stop_jobs(text[],text[])'),
+               ('list_executions(text,text,bigint,bigint,bigint)'),
                ('guard_started_execution()'), ('guard_stopped_execution()'), ('guard_stopped_job()')
         UNION ALL
         -- Of version 1.0, which is known by a function that it alone had: those of which this version has others.
         SELECT o.signature
-        FROM (VALUES ('emergency_stop_job(text,text)'), ('emergency_stop_jobs(text[],text[])'), ('emergency_stop_blockers(text)'), ('admit_execution(text)'), ('guard_inserted_executions()'),
+        FROM (VALUES ('emergency_stop_blockers(text)'), ('admit_execution(text)'), ('guard_inserted_executions()'),
                      ('guard_updated_execution()'), ('guard_updated_job()'),
                      ('job_has_progressed(text,timestamptz)'), ('republications(text)')) AS o (signature)
         WHERE to_regprocedure('emergency_stop_end_blockers(text)') IS NOT NULL
@@ -128,8 +129,8 @@ AS $$
         ('executions_job_id_unfinished_idx', 'executions', true, '{job_id,status}'::name[],
             $q$(job_id, status) WHERE status NOT IN ('completed', 'failed', 'cancelled')$q$),
         ('executions_job_id_id_idx', 'executions', false, '{job_id,id}', '(job_id, id) WITH (fillfactor = 60)'),
-        ('jobs_updated_at_unfinished_idx', 'jobs', true, '{NULL,id}',
-            $q$(COALESCE(updated_at, '-infinity'), id) WHERE (status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE$q$),
+        ('jobs_updated_at_ongoing_idx', 'jobs', true, '{NULL,id}',
+            $q$(COALESCE(updated_at, '-infinity'), id) WHERE status IN ('created', 'pending', 'processing')$q$),
         ('jobs_updated_at_failed_idx', 'jobs', true, '{updated_at,id}', $q$(updated_at, id) WHERE status = 'failed'$q$),
         ('emergency_stops_job_id_id_idx', 'emergency_stops', false, '{job_id,id}', '(job_id, id)'),
         ('batch_changes_job_id_idx', 'batch_changes', false, '{job_id}', '(job_id)')
@@ -145,9 +146,9 @@ AS $$
                              LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.number
                              ORDER BY k.place))
     UNION ALL
-    SELECT 'index executions_job_id_active_idx of version 1.0: dropped', 'DROP INDEX executions_job_id_active_idx'
-    FROM pg_index i
-    WHERE i.indexrelid = to_regclass('executions_job_id_active_idx') AND i.indrelid = to_regclass('executions');
+    SELECT format('index %s of version 1.0: dropped', o.index_name), format('DROP INDEX %I', o.index_name)
+    FROM (VALUES ('executions_job_id_active_idx', 'executions'), ('jobs_updated_at_unfinished_idx', 'jobs')) AS o (index_name, table_name)
+    JOIN pg_index i ON i.indexrelid = to_regclass(o.index_name) AND i.indrelid = to_regclass(o.table_name);
 $$;
 COMMENT ON FUNCTION missing_indexes() IS 'The indexes that our tables lack, or that are of no use, and how each is made.';
 

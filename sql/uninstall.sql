@@ -8,6 +8,7 @@ DO $$
 DECLARE
     v_schema CONSTANT regnamespace := current_schema()::regnamespace;
     v_drop   text;
+    v_count  int := 0;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
     PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), true);
@@ -26,7 +27,7 @@ BEGIN
         FROM pg_indexes i
         WHERE i.schemaname = v_schema::name AND i.tablename IN ('jobs', 'executions')
           AND i.indexname IN ('executions_job_id_unfinished_idx', 'executions_job_id_active_idx', 'executions_job_id_id_idx',
-                              'jobs_updated_at_unfinished_idx', 'jobs_updated_at_failed_idx')
+                              'jobs_updated_at_ongoing_idx', 'jobs_updated_at_unfinished_idx', 'jobs_updated_at_failed_idx')
         UNION ALL
         SELECT format('DROP FUNCTION %s', p.oid::regprocedure)
         FROM pg_proc p
@@ -36,14 +37,21 @@ BEGIN
               'keep_append_only', 'to_job_id', 'to_execution_id', 'job_barrier', 'require_read_committed', 'commit_durably',
               'utc_seconds', 'as_object', 'notify_workers',
               'admit_execution', 'guard_inserted_executions', 'guard_updated_execution', 'guard_updated_job',
-              'emergency_stop_job', 'emergency_stop_blockers', 'emergency_stop_jobs', 'emergency_stop_end_blockers',
-              'get_job', 'list_executions', 'timeout_stuck_jobs', 'job_has_progressed', 'repair_stuck_jobs', 'republications')
+              'limit_lock_wait', 'wait_for_barrier', 'lock_job_row', 'lock_rows', 'unfinished_executions', 'last_record', 'fail_job',
+              'without_reason_of_last_stop', 'attempt_stop', 'stop_answer', 'emergency_stop_job',
+              'running_row_holders', 'job_holders', 'emergency_stop_blockers', 'end_or_name_holders', 'emergency_stop_end_blockers',
+              'emergency_stop_jobs', 'emergency_stop_dry_run', 'is_emergency_stopped', 'stop_confirmation', 'emergency_stop_status',
+              'confirm_stopped', 'release_job', 'execution_order', 'runaway_jobs', 'emergency_stop_faults',
+              'get_job', 'list_executions', 'job_has_progressed', 'time_out_job', 'timeout_stuck_jobs',
+              'republications', 'reason_to_skip', 'republish_job', 'repair_stuck_jobs')
     LOOP
         EXECUTE v_drop;
-        RAISE NOTICE USING MESSAGE = v_drop;
+        v_count := v_count + 1;
+        IF v_drop NOT LIKE 'DROP FUNCTION %' THEN
+            RAISE NOTICE USING MESSAGE = v_drop;
+        END IF;
     END LOOP;
-    IF NOT FOUND THEN
-        RAISE NOTICE USING MESSAGE = format('schema %I: nothing to take away', current_schema());
-    END IF;
+    RAISE NOTICE USING MESSAGE = format('schema %I: %s objects taken away, functions included; tables, rows and records stay',
+                                        current_schema(), v_count);
 END;
 $$;
