@@ -187,7 +187,7 @@ def test_columns_without_fractions_of_seconds_hide_no_execution(db, make_worked_
     jobs = [make_worked_job(1)[0] for _ in range(10)]
 
     def stop_at_another_fraction(number):
-        tenth = "SELECT extract(milliseconds FROM clock_timestamp())::int / 100 % 10 = %s"
+        tenth = "SELECT extract(milliseconds FROM clock_timestamp())::int / 100 %% 10 = %s"
         wait_until(lambda: db.execute(tenth, (number,)).fetchone()[0])
         stop(jobs[number])
 
