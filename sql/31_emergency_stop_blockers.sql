@@ -27,13 +27,17 @@ DECLARE
 BEGIN
     -- A transaction number in xmax does not tell in which mode the row is locked. What can be locked is not held.
     BEGIN
+        PERFORM limit_lock_wait('10ms');
         v_job_is_free := EXISTS (SELECT FROM (
             SELECT FROM jobs j WHERE j.id = v_id AND j.xmax = ANY (v_running) FOR NO KEY UPDATE SKIP LOCKED) f);
         v_free := ARRAY(SELECT e.ctid FROM executions e
                         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax = ANY (v_running)
                         FOR NO KEY UPDATE SKIP LOCKED);
         RAISE triggered_action_exception;
-    EXCEPTION WHEN triggered_action_exception THEN  -- which lets go of them
+    EXCEPTION
+        WHEN triggered_action_exception THEN  -- which lets go of them
+        WHEN lock_not_available THEN  -- a whole table is locked: whoever holds that is known by it
+            RETURN;
     END;
     FOR v_xmax IN
         SELECT j.xmax FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
@@ -113,7 +117,10 @@ BEGIN
     JOIN pg_roles o ON o.oid = v_owner
     LEFT JOIN pg_stat_activity a ON a.pid = f.pid
     LEFT JOIN pg_roles r ON r.oid = a.usesysid
-    LEFT JOIN pg_prepared_xacts p ON f.pid IS NULL AND p.transaction::text = split_part(f.virtualtransaction, '/', 2)
+    LEFT JOIN LATERAL (SELECT x.gid, x.owner, x.prepared
+                       FROM locks l
+                       JOIN pg_prepared_xacts x ON x.transaction = l.transactionid
+                       WHERE f.pid IS NULL AND l.pid IS NULL AND l.virtualtransaction = f.virtualtransaction) p ON true
     WHERE NOT EXISTS (SELECT FROM barrier b WHERE b.pid = f.pid AND b.stop_at_work)
     GROUP BY f.pid, f.virtualtransaction, p.gid, p.owner, p.prepared, a.application_name, a.usename, a.state, a.xact_start, a.query,
              o.rolsuper, r.rolsuper, r.oid
