@@ -16,7 +16,7 @@ AS $$
 DECLARE
     -- What the service calls; workers call confirm_stopped.
     v_called    CONSTANT name[] := '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,
-                                     runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}';
+                                     runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}'::name[];
     v_installed jsonb;
     v_function  record;
 BEGIN
@@ -123,6 +123,7 @@ BEGIN
         ORDER BY c.conname
     LOOP
         BEGIN
+            -- PostgreSQL itself has written the expression. @plpgsql_check_options: security_warnings = off
             EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %I', v_check.expression, v_check.type, v_check.table_name)
             INTO v_allows;
         EXCEPTION WHEN raise_exception OR data_exception OR integrity_constraint_violation OR syntax_error_or_access_rule_violation THEN
@@ -177,7 +178,7 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     -- Who calls: inside this function current_user is its owner.
-    v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none'), session_user);
+    v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';
