@@ -15,7 +15,7 @@ BEGIN
     FOR v_function IN
         SELECT p.oid
         FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(current_schema()) AND p.proname = 'confirm_stopped'
+        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = 'confirm_stopped'
           AND p.oid IS DISTINCT FROM to_regprocedure(format('confirm_stopped(%s[])', v_type))
     LOOP
         EXECUTE format('DROP FUNCTION %s', v_function);
