@@ -8,30 +8,63 @@
 -- It reads who holds what, and waits for nothing. What can hold up a stop: the job's barrier, which whoever starts an
 -- execution shares; the rows of the job and of its active executions; and locks on whole tables.
 
--- running_row_holders(id): the transactions that hold the row of a job, or of one of its active executions, against a stop.
--- Returns  xid: the transaction, or a part of it; ambiguous: the number may also mean several transactions at once (a
---          multixact), so that nobody should be ended because of it
+-- sessions_of_part(part, began): the transactions of which this number can be a part, a savepoint that was released or the
+-- block of a function. PostgreSQL knows whose it is, but tells nobody but a session that waits for it.
+-- Returns  xid: of each transaction that is older, had begun by then, and has locked rows of the tables; ambiguous:
+--          whether there are several
+-- Raises   nothing of its own
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION sessions_of_part(part xid, began timestamptz)
+RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_next CONSTANT bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+    v_part CONSTANT bigint := v_next - ((v_next - part::text::bigint) & 4294967295);  -- the number without wraparound
+BEGIN
+    IF pg_xact_status(v_part::text::xid8) IS DISTINCT FROM 'in progress' THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT t.transactionid, count(*) OVER () > 1
+    FROM pg_locks t
+    LEFT JOIN pg_stat_activity a ON a.pid = t.pid
+    LEFT JOIN pg_prepared_xacts p ON t.pid IS NULL AND p.transaction = t.transactionid
+    WHERE t.locktype = 'transactionid' AND t.granted AND t.pid IS DISTINCT FROM pg_backend_pid() AND age(t.transactionid) > age(part)
+      AND (a.backend_xid = t.transactionid OR p.transaction IS NOT NULL)
+      AND COALESCE(a.xact_start, p.prepared) <= began IS NOT FALSE
+      AND EXISTS (SELECT FROM pg_locks l
+                  WHERE l.virtualtransaction = t.virtualtransaction AND l.pid IS NOT DISTINCT FROM t.pid AND l.locktype = 'relation'
+                    AND l.relation IN ('jobs'::regclass, 'executions'::regclass) AND l.mode IN ('RowShareLock', 'RowExclusiveLock'));
+END;
+$$;
+REVOKE ALL ON FUNCTION sessions_of_part(xid, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION sessions_of_part(xid, timestamptz) IS 'The transactions of which this number can be a part, and whether there are several.';
+
+-- running_row_holders(id, began): the transactions that hold the row of a job, or of one of its active executions, against a stop.
+-- Returns  xid: the transaction; ambiguous: it may be another one, so that nobody should be ended because of it. That is so
+--          where a number can also mean several transactions at once (a multixact), or be a part of one of several
 -- Raises   read_only_sql_transaction (25006)  as above
 -- Locks    as above
-CREATE OR REPLACE FUNCTION running_row_holders(id text)
+CREATE OR REPLACE FUNCTION running_row_holders(id text, began timestamptz)
 RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(running_row_holders.id);
     v_running CONSTANT xid[] := ARRAY(SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted);
-    v_xmax    xid;
     v_free    tid[];
     v_job_is_free boolean;
+    v_xmax    xid;
     v_members xid[];
 BEGIN
     -- A transaction number in xmax does not tell in which mode the row is locked. What can be locked is not held.
     BEGIN
         PERFORM limit_lock_wait('10ms');
         v_job_is_free := EXISTS (SELECT FROM (
-            SELECT FROM jobs j WHERE j.id = v_id AND j.xmax = ANY (v_running) FOR NO KEY UPDATE SKIP LOCKED) f);
+            SELECT FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' FOR NO KEY UPDATE SKIP LOCKED) f);
         v_free := ARRAY(SELECT e.ctid FROM executions e
-                        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax = ANY (v_running)
+                        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0'
                         FOR NO KEY UPDATE SKIP LOCKED);
         RAISE triggered_action_exception;
     EXCEPTION
@@ -48,26 +81,31 @@ BEGIN
         v_members := '{}';
         IF mxid_age(v_xmax) > 0 THEN  -- it may be the number of a multixact
             BEGIN
-                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_xmax) m
-                                   WHERE m.mode <> 'keysh' AND m.xid = ANY (v_running));
+                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_xmax) m WHERE m.mode <> 'keysh');
             EXCEPTION WHEN invalid_parameter_value OR internal_error THEN  -- it is none, or one that is long gone
             END;
         END IF;
         RETURN QUERY
-            SELECT m.member, v_xmax = ANY (v_running) FROM unnest(v_members) AS m (member)
+            SELECT h.number, v_xmax = ANY (v_running) AND cardinality(v_members) > 0
+            FROM unnest(v_members || v_xmax) AS h (number)
+            WHERE h.number = ANY (v_running)
             UNION ALL
-            SELECT v_xmax, cardinality(v_members) > 0 WHERE v_xmax = ANY (v_running);
+            SELECT p.xid, p.ambiguous
+            FROM unnest(v_members || CASE WHEN v_members = '{}' THEN v_xmax END) AS h (number)
+            CROSS JOIN LATERAL sessions_of_part(h.number, began) p
+            WHERE h.number <> ALL (v_running);
     END LOOP;
 END;
 $$;
-REVOKE ALL ON FUNCTION running_row_holders(text) FROM PUBLIC;
-COMMENT ON FUNCTION running_row_holders(text) IS 'The transactions that hold rows of this job against a stop, and whether that is ambiguous.';
+REVOKE ALL ON FUNCTION running_row_holders(text, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION running_row_holders(text, timestamptz) IS 'The transactions that hold rows of this job against a stop, and whether that is ambiguous.';
 
--- job_holders(id): as emergency_stop_blockers, and what has to be known before a session is ended.
+-- job_holders(id, began): as emergency_stop_blockers, and what has to be known before a session is ended. Where several
+-- transactions may hold a row, only those count that had begun by then.
 -- Returns  the same columns; and since: when its transaction began, NULL if it has none or that is not to be seen;
 --          may_be_ended: whether the owner of these functions may end it, and it is beyond doubt that it holds the job
 -- Raises, Locks  as emergency_stop_blockers
-CREATE OR REPLACE FUNCTION job_holders(id text)
+CREATE OR REPLACE FUNCTION job_holders(id text, began timestamptz)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
                since timestamptz, may_be_ended boolean)
 LANGUAGE plpgsql VOLATILE
@@ -97,7 +135,7 @@ BEGIN
         SELECT b.pid, b.virtualtransaction, false AS ambiguous FROM barrier b
         UNION
         SELECT l.pid, l.virtualtransaction, r.ambiguous
-        FROM running_row_holders(v_key) r
+        FROM running_row_holders(v_key, began) r
         JOIN locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xid
         UNION
         -- Who waits for such a lock is in the way as well: later requests queue behind it.
@@ -127,8 +165,8 @@ BEGIN
     ORDER BY 1, 2;
 END;
 $$;
-REVOKE ALL ON FUNCTION job_holders(text) FROM PUBLIC;
-COMMENT ON FUNCTION job_holders(text) IS 'The sessions that would hold up a stop of this job now, since when, and whether they may be ended.';
+REVOKE ALL ON FUNCTION job_holders(text, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION job_holders(text, timestamptz) IS 'The sessions that would hold up a stop of this job now, since when, and whether they may be ended.';
 
 CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text)
@@ -139,7 +177,7 @@ AS $$
 BEGIN
     RETURN QUERY
         SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
-        FROM job_holders(emergency_stop_blockers.id) h;
+        FROM job_holders(emergency_stop_blockers.id, 'infinity') h;
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
@@ -167,7 +205,7 @@ BEGIN
         SELECT h.*, COALESCE(h.since <= v_began, true) AS overdue, json_build_object(
                    'pid', h.pid, 'application_name', h.application_name, 'database_user', h.database_user, 'state', h.state,
                    'transaction_seconds', h.transaction_seconds, 'query', h.query) AS shown
-        FROM job_holders(end_or_name_holders.id) h
+        FROM job_holders(end_or_name_holders.id, v_began) h
     )
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE h.overdue), '{}'),
            COALESCE(json_agg(h.shown) FILTER (WHERE h.overdue), json_agg(h.shown), '[]'),

@@ -36,12 +36,6 @@ BEGIN
             MESSAGE = format('columns without a time zone are taken to be in %s, the TimeZone of this session', current_setting('timezone')),
             HINT = 'If the application writes them in another one, set TimeZone to that and install again.';
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_constraint c
-                   WHERE c.contype = 'f' AND c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs')) THEN
-        RAISE WARNING 'executions has no foreign key to jobs: executions of jobs that do not exist are not refused, and cannot be stopped';
-    END IF;
-
-
     -- By the index of what has not ended, whatever the size of the table.
     PERFORM set_config('enable_seqscan', 'off', true);
     SELECT string_agg(DISTINCT quote_literal(e.status), ', ') INTO v_states
@@ -82,15 +76,13 @@ BEGIN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = format('still missing after the installation: %s', array_to_string(v_faults, '; '));
     END IF;
-    IF to_regprocedure('emergency_stop_faults()') IS NOT NULL THEN
-        FOR v_fault IN SELECT f.* FROM emergency_stop_faults() AS f LOOP
-            IF v_fault LIKE 'warning: %' THEN
-                RAISE WARNING USING MESSAGE = substr(v_fault, length('warning: ') + 1);
-            ELSE
-                v_faults := v_faults || v_fault;
-            END IF;
-        END LOOP;
-    END IF;
+    FOR v_fault IN SELECT f.* FROM emergency_stop_faults() AS f LOOP
+        IF v_fault LIKE 'warning: %' THEN
+            RAISE WARNING USING MESSAGE = substr(v_fault, length('warning: ') + 1);
+        ELSE
+            v_faults := v_faults || v_fault;
+        END IF;
+    END LOOP;
     IF v_faults <> '{}' THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = v_faults[1],

@@ -15,9 +15,11 @@ BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 \ir 35_confirm_stopped.sql
 \ir 36_release_job.sql
 \ir 37_runaway_jobs.sql
+\ir 38_emergency_stop_faults.sql
 \ir 40_get_job.sql
 \ir 50_list_executions.sql
 \ir 60_timeout_stuck_jobs.sql
 \ir 70_repair_stuck_jobs.sql
+\ir 98_manifest.sql
 \ir 99_end.sql
 COMMIT;
