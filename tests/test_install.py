@@ -318,6 +318,73 @@ def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
     ]
 
 
+def test_states_in_the_statistics_are_warned_of_once(db, owner_url, make_job):
+    make_job(queued=50, running=50)
+    db.execute("ANALYZE executions")
+
+    assert install(owner_url)[1] == ["executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"]
+
+
+def test_no_foreign_key_is_warned_of(bare, bare_url):
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, job_id text, status text)")
+
+    assert install(bare_url)[1] == [
+        "no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist"
+    ]
+
+
+@pytest.fixture
+def owner(bare: psycopg.Connection, bare_url: str) -> str:
+    """The URL of a role that is no superuser and may install, in the database where nothing is installed."""
+    bare.execute("DROP ROLE IF EXISTS beacon_owner")
+    bare.execute("CREATE ROLE beacon_owner LOGIN PASSWORD 'owner-in-tests'")
+    bare.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_owner")
+    return psycopg.conninfo.make_conninfo(bare_url, user="beacon_owner", password="owner-in-tests")
+
+
+def test_an_owner_who_may_not_end_sessions_is_warned_of(bare, owner):
+    """Version 1.0 let that be found in the emergency."""
+    _, warned = install(owner)
+    assert [warning.split(", ")[0] for warning in warned] == ["role beacon_owner", "role beacon_owner"]
+    assert any(warning.endswith("GRANT pg_signal_backend TO beacon_owner") for warning in warned)
+    bare.execute("GRANT pg_signal_backend, pg_read_all_stats TO beacon_owner")
+
+    assert install(owner)[1] == []
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions"])
+def test_rows_hidden_from_the_functions_owner_are_refused(bare, owner, table):
+    """Version 1.0 installed, and answered `ok`, 0 stopped."""
+    install(owner)
+    bare.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    install(owner)  # the owner of the table sees all of it
+    bare.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+    before = everything(bare)
+
+    done = run_psql(owner, "-f", INSTALL)
+    assert (done.returncode, messages(done.stderr, "ERROR")) == (
+        3,
+        [f"row-level security on table {table} hides rows from role beacon_owner, which owns the functions"],
+    )
+    assert everything(bare) == before
+    bare.execute("ALTER ROLE beacon_owner BYPASSRLS")
+    install(owner)
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions"])
+def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
+    """Version 1.0 let that be found in the emergency, as an internal error."""
+    check = "CONSTRAINT states CHECK (status IN ('pending', 'processing', 'completed'))"
+    bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text {check if table == 'jobs' else ''})")
+    bare.execute(f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})")
+    before = everything(bare)
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
+        beacon_stop.init_db(bare_url)
+    assert refused.value.diag.message_primary == f"constraint states on table {table} forbids the status failed"
+    assert everything(bare) == before
+
+
 def test_a_schema_open_to_everyone_is_warned_of(bare, bare_url):
     bare.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     assert install(bare_url)[1] == []
