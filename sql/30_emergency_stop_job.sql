@@ -190,22 +190,26 @@ AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(fail_job.id);
     v_mark    CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
-    v_updated bigint;
+    v_updated  bigint;
+    v_unmarked bigint := 0;  -- executions whose mark a trigger has taken away
     v_job     record;
 BEGIN
     executions_stopped := 0;
     PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
     FOR v_round IN 1..10 LOOP
-        -- as_object() is written out here, because calling a function for each row would cost more than the rest.
-        UPDATE executions e
-        SET status = 'failed',
-            completed_at = fail_job.at,
-            output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_mark
-                          WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_mark
-                          ELSE v_mark
-                     END
-        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
-        GET DIAGNOSTICS v_updated = ROW_COUNT;
+        WITH failed AS (
+            UPDATE executions e
+            SET status = 'failed',
+                completed_at = fail_job.at,
+                -- as_object() is written out here, because calling a function for each row would cost more than the rest.
+                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_mark
+                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_mark
+                              ELSE v_mark
+                         END
+            WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
+            RETURNING e.output @> '{"emergency_stop": true}' AS marked
+        )
+        SELECT count(*), v_unmarked + count(*) FILTER (WHERE f.marked IS NOT TRUE) INTO v_updated, v_unmarked FROM failed f;
         executions_stopped := executions_stopped + v_updated;
         IF v_round = 1 THEN
             UPDATE jobs j
@@ -223,12 +227,12 @@ BEGIN
     PERFORM set_config('beacon_stop.stopping', '', true);
 
     SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS marked INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF left_alone ?| '{pending,running,processing}' OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.marked) IS NOT TRUE THEN
+    IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}' OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.marked) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
             USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
                                    quote_literal(fail_job.id)),
-                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s.',
-                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.marked, false), COALESCE(left_alone::text, 'none')),
+                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. Executions without the mark: %s.',
+                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
                   HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), and disable the one that does it.';
     END IF;
 END;
@@ -391,6 +395,7 @@ DECLARE
     v_wait         interval := '5ms';
     v_attempt      int := 1;
     v_ended        int;  -- sessions, once force has been used
+    v_gone         int;
     v_problem      text;
     v_stop         record;
 BEGIN
@@ -420,8 +425,13 @@ BEGIN
         v_attempt := v_attempt + 1;
         CONTINUE WHEN v_barred AND v_wait > '0';
 
-        v_ended := end_or_name_holders(id, v_patience, force AND v_ended IS NULL, v_problem);
-        v_deadline := clock_timestamp() + v_patience;
+        v_gone := end_or_name_holders(id, v_patience, force AND v_ended IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
+        IF v_gone = 0 THEN  -- nobody holds it any more: one last try
+            v_deadline := clock_timestamp() + '100ms';
+        ELSE
+            v_ended := v_gone;
+            v_deadline := clock_timestamp() + v_patience;
+        END IF;
         v_wait := '20ms';
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
