@@ -279,31 +279,35 @@ DECLARE
     v_barrier    CONSTANT bigint := job_barrier(v_key);
     v_terminal   boolean;
     v_marked     boolean;
-    v_unchanging boolean;
+    v_unchanged  boolean;  -- nobody is at work on the row
+    v_ended      boolean;  -- for good: with nothing active, there is nothing to do
 BEGIN
     PERFORM limit_lock_wait(wait);
-    SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), j.metadata @> '{"emergency_stop": true}', j.xmax = '0'
-    INTO attempt_stop.status, v_terminal, v_marked, v_unchanging
+    SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), COALESCE(j.metadata @> '{"emergency_stop": true}', false),
+           j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT EXISTS (SELECT FROM pg_locks l WHERE l.transactionid = j.xmax AND l.granted)
+    INTO attempt_stop.status, v_terminal, v_marked, v_unchanged
     FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         outcome := 'not found';
         RETURN;
     END IF;
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction that
-    -- was admitted before the end is still open, which then holds the barrier, or one is just setting the job back, which
-    -- shows in xmax. The barrier is taken and given back in one expression: a lock that outlives the call costs more.
-    IF v_terminal AND (v_marked OR v_unchanging) AND (v_marked OR attempt_stop.status <> 'failed' OR last_record(v_key) = 'stop')
-       AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) THEN
+    -- was admitted before the end is still open: it holds the barrier. Who is just setting the job back shows in xmax.
+    v_ended := v_terminal AND (v_marked OR v_unchanged AND (attempt_stop.status <> 'failed' OR last_record(v_key) = 'stop'));
+    -- Taken and given back in one expression where that is enough, because a lock that outlives the call costs more.
+    IF (v_ended AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier)) IS NOT TRUE
+       AND NOT pg_try_advisory_xact_lock(v_barrier) THEN
+        RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+    END IF;
+    IF v_ended THEN
         left_alone := unfinished_executions(v_key);
         IF (left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
             outcome := 'none';
             RETURN;
         END IF;
+        PERFORM pg_advisory_xact_lock(v_barrier);
     END IF;
 
-    IF NOT pg_try_advisory_xact_lock(v_barrier) THEN
-        RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
-    END IF;
     IF attempt > 1 THEN
         PERFORM lock_rows(v_key, wait, job_first => attempt % 2 = 1);
     END IF;
