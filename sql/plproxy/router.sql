@@ -62,6 +62,25 @@ $$;
 REVOKE ALL ON FUNCTION partitions() FROM PUBLIC;
 COMMENT ON FUNCTION partitions() IS 'Which partition is on which shard; a shard is known by its lowest partition.';
 
+-- raise_away(partition, sqlstate, message): raises what it means that a call has failed twice.
+-- Raises   connection_failure (08006)  the shard is away
+--          internal_error (XX000)      a function there has raised that: PL/Proxy's own errors begin with its name
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION raise_away(partition int, sqlstate text, message text)
+RETURNS void LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF raise_away.sqlstate = 'XX000' AND NOT starts_with(message, 'PL/Proxy function ') THEN
+        RAISE internal_error USING MESSAGE = raise_away.message;
+    END IF;
+    RAISE connection_failure USING MESSAGE = format(
+        'shard p%s is away: %s', (SELECT p.shard FROM partitions() p WHERE p.partition = raise_away.partition), raise_away.message);
+END;
+$$;
+REVOKE ALL ON FUNCTION raise_away(int, text, text) FROM PUBLIC;
+COMMENT ON FUNCTION raise_away(int, text, text) IS 'Raises 08006 for a shard that is away, or XX000 if a function there has raised that.';
+
 -- shard_call(partition, call, arguments, lock_timeout): calls a function on a shard, under this lock_timeout.
 -- Returns  the function's answer; of one that returns rows, an array of them, or NULL if there are none
 -- Raises   what PL/Proxy makes of what the function raises: the SQLSTATE is kept, the texts get prefixes;
@@ -122,7 +141,7 @@ BEGIN
             WHEN internal_error OR admin_shutdown OR crash_shutdown OR cannot_connect_now THEN
                 -- The next call makes a new session there. All calls can be repeated.
                 IF v_try = 2 THEN
-                    RAISE connection_failure USING MESSAGE = format('shard p%s is away: %s', partition, SQLERRM);
+                    PERFORM raise_away(partition, SQLSTATE, SQLERRM);
                 END IF;
         END;
     END LOOP;
@@ -249,7 +268,7 @@ BEGIN
             RETURN;
         EXCEPTION WHEN internal_error OR admin_shutdown OR crash_shutdown OR cannot_connect_now THEN
             IF v_try = 2 THEN
-                RAISE connection_failure USING MESSAGE = format('shard p%s is away: %s', partition_of(job_id), SQLERRM);
+                PERFORM raise_away(partition_of(job_id), SQLSTATE, SQLERRM);
             END IF;
         END;
     END LOOP;
