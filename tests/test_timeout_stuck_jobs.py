@@ -3,6 +3,7 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -422,6 +423,56 @@ def test_columns_without_a_time_zone_mean_the_installers(bare_database, server_u
         assert ids(db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) == ["stuck"]
 
 
+ID_TYPES = {
+    "text": ("b", "a"),
+    "varchar": ("b", "a"),
+    "uuid": ("7f3c0f7e-0000-4000-8000-00000000000b", "7f3c0f7e-0000-4000-8000-00000000000a"),
+    "bigint": ("9000000000", "11"),
+    "integer": ("9", "11"),
+}
+
+
+@pytest.mark.parametrize("type", ID_TYPES)
+def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
+    """The ids are text in the answers, in the records and in what workers hear. In the order of the ids the first comes last."""
+    url = url_of(bare_database, server_url)
+    first, second = ID_TYPES[type]
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute(f"""
+            CREATE TABLE jobs (id {type} PRIMARY KEY, status text, metadata jsonb, created_at timestamptz, updated_at timestamptz);
+            CREATE TABLE executions (id {type} PRIMARY KEY, job_id {type} REFERENCES jobs, status text, created_at timestamptz)""")
+        beacon_stop.init_db(url)
+        for minutes, job_id in ((30, first), (20, second)):
+            db.execute(
+                f"WITH job AS (INSERT INTO jobs VALUES ('{job_id}', 'processing', NULL, now() - %(age)s, now() - %(age)s) RETURNING id)"
+                f" INSERT INTO executions SELECT id, id, 'running', now() - %(age)s FROM job",
+                {"age": timedelta(minutes=minutes)},
+            )
+        db.execute("LISTEN job_republished")
+
+        (answer,) = db.execute("SELECT timeout_stuck_jobs()").fetchone()
+        assert answer["timed_out_jobs"] == [
+            {"job_id": job_id, "previous_status": "processing", "executions_stopped": 1} for job_id in (first, second)
+        ]
+        (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
+        assert sorted(job["job_id"] for job in answer["republished_jobs"]) == sorted((first, second))
+        assert {job["attempt"] for job in answer["republished_jobs"]} == {1}
+        heard = [json.loads(notification.payload)["job_id"] for notification in db.notifies(timeout=5, stop_after=2)]
+        assert sorted(heard) == sorted((first, second))
+        assert db.execute("SELECT array_agg(DISTINCT job_id ORDER BY job_id) FROM batch_changes").fetchone() == (sorted((first, second)),)
+        db.execute("UPDATE jobs SET status = 'failed', metadata = NULL")
+        for attempt in (2, 3):
+            (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
+            assert [job["attempt"] for job in answer["republished_jobs"]] == [attempt] * 2
+            db.execute("UPDATE jobs SET status = 'failed', metadata = NULL")
+        assert db.execute("SELECT emergency_stop_job(%s)", (first,)).fetchone()[0]["action"] == "none"
+        (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
+        assert answer["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 1, "active": 0}
+        db.execute("UPDATE jobs SET status = 'processing', updated_at = created_at")
+        db.execute("UPDATE jobs SET created_at = now() WHERE id = %s", (first,))
+        assert ids(db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) == [second]
+
+
 def test_a_deadlock_with_a_worker_costs_the_batch_one_job_and_the_worker_nothing(connect, db, make_job):
     """The worker locks the job first, and the batch an execution. A server may look for deadlocks earlier than after 100 ms."""
     held, free = make_job(running=2), make_job(running=1)
@@ -587,7 +638,7 @@ def test_the_route(client, db, make_job, capsys):
 
     answer = client("POST", "/admin/timeout-stuck-jobs", query="threshold_minutes=17", **call)
     assert (answer.status, answer.json["timed_out_count"], answer.json["timeout_threshold_minutes"]) == (200, 0, 17)
-    answer = client("POST", "/admin/timeout-stuck-jobs", b'{"any": 1}', **call)
+    answer = client("POST", "/admin/timeout-stuck-jobs", b"{}", **call)
     assert (answer.status, answer.json["timeout_threshold_minutes"]) == (200, 15)
     assert answer.json["timed_out_jobs"] == [{"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}]
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
