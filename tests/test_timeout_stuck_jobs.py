@@ -468,7 +468,7 @@ def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
         assert db.execute("SELECT emergency_stop_job(%s)", (first,)).fetchone()[0]["action"] == "none"
         (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
         assert answer["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 1, "active": 0}
-        db.execute("UPDATE jobs SET status = 'processing', updated_at = created_at")
+        db.execute("UPDATE jobs SET status = 'processing', updated_at = created_at; UPDATE executions SET completed_at = created_at")
         db.execute("UPDATE jobs SET created_at = now() WHERE id = %s", (first,))
         assert ids(db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) == [second]
 
