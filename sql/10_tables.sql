@@ -123,9 +123,10 @@ BEGIN
     IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'executions' AND i.indexname = 'executions_job_id_id_idx') THEN
         CREATE INDEX executions_job_id_id_idx ON executions (job_id, id) WITH (fillfactor = 60);
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'jobs' AND i.indexname = 'jobs_updated_at_unfinished_idx') THEN
-        CREATE INDEX jobs_updated_at_unfinished_idx ON jobs (COALESCE(updated_at, '-infinity'), id)
-            WHERE (status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE;
+    IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'jobs' AND i.indexname = 'jobs_updated_at_ongoing_idx') THEN
+        CREATE INDEX jobs_updated_at_ongoing_idx ON jobs (COALESCE(updated_at, '-infinity'), id)
+            WHERE status IN ('created', 'pending', 'processing');
+        DROP INDEX IF EXISTS jobs_updated_at_unfinished_idx;  -- of version 1.0
     END IF;
     IF NOT EXISTS (SELECT FROM pg_indexes i WHERE i.schemaname = current_schema() AND i.tablename = 'jobs' AND i.indexname = 'jobs_updated_at_failed_idx') THEN
         CREATE INDEX jobs_updated_at_failed_idx ON jobs (updated_at, id) WHERE status = 'failed';

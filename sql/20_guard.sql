@@ -2,100 +2,77 @@
 --
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
 -- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do
--- not: a stop that waits for the job's row is overtaken by inserters (their foreign key shares it) for ever.
--- A second advisory lock is the stop's sign that it waits for rows: whoever queues for the barrier then gives way.
+-- not: a stop that waited for the job's row would be overtaken by inserters, whose foreign key shares it, for ever.
 
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
---          serialization_failure (40001)             above READ COMMITTED: the job has changed since the snapshot
---          deadlock_detected (40P01)                 a stop of it waits for rows that this transaction, or another, has locked
---          lock_not_available (55P03)                a stop of it has taken longer than lock_timeout, if that is set
--- Locks    the job's barrier, shared, until the transaction ends; above READ COMMITTED the job's row for a moment
+--          serialization_failure (40001)             a stop of the job is at work: try the transaction again; or, above
+--                                                    READ COMMITTED, the job has changed since the snapshot
+-- Locks    the job's barrier, shared, until the transaction ends, for which it waits 50 ms at most; above READ COMMITTED
+--          the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
+SET row_security = off
 AS $$
 DECLARE
-    v_barrier      CONSTANT bigint := hashtextextended(admit_execution.job_id, 'jobs'::regclass::oid::bigint);
-    v_yield        CONSTANT bigint := hashtextextended(admit_execution.job_id, 'emergency_stops'::regclass::oid::bigint);
+    v_id           CONSTANT jobs.id%TYPE := to_job_id(admit_execution.job_id);
+    v_barrier      CONSTANT bigint := job_barrier(admit_execution.job_id);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     timestamptz;
-    v_turn         interval;
-    v_turns        int := 0;  -- that we have waited for
-    v_in_its_way   boolean;
     v_status       text;
 BEGIN
+    -- A trigger of the application's that starts an execution inside a stop of this job: the stop fails that one, too.
+    IF current_setting('beacon_stop.stopping', true) = admit_execution.job_id THEN
+        RETURN;
+    END IF;
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
-        -- A stop is at work, or queues for the barrier: so do we. If it waits for us, one has to give way, and
-        -- PostgreSQL looks for that only once a wait, too early where a stop waits for several. Hence turns. A stop
-        -- that waits for the job's rows says so: it will need ours, if we have any, and will refuse us in any case.
-        -- For other ways to be in its way we look after the first turn, since most stops take less, and then ever more
-        -- rarely: among many who queue it is dear.
-        v_deadline := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '100 years' ELSE v_lock_timeout END::interval;
-        LOOP
-            v_in_its_way := NOT (pg_try_advisory_lock_shared(v_yield) AND pg_advisory_unlock_shared(v_yield));
-            IF NOT v_in_its_way AND (v_turns IN (1, 2, 4) OR v_turns > 0 AND v_turns % 8 = 0) THEN
-                v_in_its_way := EXISTS (
-                    WITH RECURSIVE waits (pid) AS (
-                        SELECT l.pid
-                        FROM pg_locks l
-                        WHERE l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
-                          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-                          AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
-                        UNION
-                        SELECT b.pid FROM waits w CROSS JOIN unnest(pg_blocking_pids(w.pid)) AS b (pid)
-                    )
-                    SELECT FROM waits w WHERE w.pid = pg_backend_pid());
-            END IF;
-            IF v_in_its_way THEN
-                RAISE deadlock_detected
-                    USING MESSAGE = format('deadlock with an emergency stop of job %s', quote_literal(admit_execution.job_id)),
-                          DETAIL = 'The stop waits for rows that this transaction, or another, has locked. It goes first.';
-            ELSIF clock_timestamp() >= v_deadline THEN
-                RAISE lock_not_available
-                    USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id));
-            END IF;
-            BEGIN
-                v_turn := greatest('1ms', least('200ms', v_deadline - clock_timestamp()));
-                PERFORM set_config('lock_timeout', extract(epoch FROM v_turn) || 's', true);
-                PERFORM pg_advisory_xact_lock_shared(v_barrier);
-                EXIT;
-            EXCEPTION WHEN lock_not_available THEN
-                v_turns := v_turns + 1;
-            END;
-        END LOOP;
-        PERFORM set_config('lock_timeout', v_lock_timeout, true);
+        -- A stop is at work. It may need rows that this transaction has locked, so the wait is short. Without any wait,
+        -- callers who try again at once would take the processor time that the stop needs.
+        BEGIN
+            PERFORM set_config('lock_timeout', '50ms', true);
+            PERFORM pg_advisory_xact_lock_shared(v_barrier);
+            PERFORM set_config('lock_timeout', v_lock_timeout, true);
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            RAISE serialization_failure
+                USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id)),
+                      HINT = 'Try the transaction again.';
+        END;
     END IF;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since; but not
-        -- FOR KEY SHARE, which the foreign key may have got before that, and SKIP LOCKED passes over a changed row that
-        -- others still queue for. The lock is let go of at once, since it would hold up every update of the job, and
-        -- not waited for: who holds it is most likely about to change the row.
+        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since. It has to
+        -- be FOR SHARE, because the foreign key may have got FOR KEY SHARE before the change. The lock is given back at
+        -- once, because it would hold up every update of the job. It is not waited for: whoever holds it is most likely
+        -- about to change the row. A job that is younger than the snapshot is not seen at all.
         BEGIN
-            SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id FOR SHARE NOWAIT;
+            SELECT j.status INTO v_status FROM jobs j WHERE j.id = v_id FOR SHARE NOWAIT;
+            IF NOT FOUND THEN
+                RAISE lock_not_available;
+            END IF;
             RAISE triggered_action_exception;
         EXCEPTION
             WHEN triggered_action_exception THEN
             WHEN lock_not_available THEN
                 RAISE serialization_failure
-                    USING MESSAGE = format('could not serialize access: job %s is being changed', quote_literal(admit_execution.job_id)),
+                    USING MESSAGE = format('could not serialize access: job %s is being changed, or is not in this snapshot',
+                                           quote_literal(admit_execution.job_id)),
                           HINT = 'Try the transaction again, or use READ COMMITTED.';
         END;
     ELSE
-        SELECT j.status INTO v_status FROM jobs j WHERE j.id = admit_execution.job_id;
+        SELECT j.status INTO v_status FROM jobs j WHERE j.id = v_id;
     END IF;
 
     IF v_status IN ('completed', 'failed', 'cancelled') THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = format('job %s is %s: no execution of it may start', quote_literal(admit_execution.job_id), v_status),
-                  HINT = 'A job in a terminal state takes executions again when its status is set back first.';
+                  HINT = 'A job that was emergency-stopped takes executions again after release_job, another one after its status is set back.';
     END IF;
 END;
 $$;
 REVOKE ALL ON FUNCTION admit_execution(text) FROM PUBLIC;
 COMMENT ON FUNCTION admit_execution(text) IS
-    'Lets this transaction start executions of a job that has not ended; raises 55000 otherwise. Holds the job''s barrier, shared, until the transaction ends.';
+    'Lets this transaction start executions of a job that has not ended; raises 55000 for one that has, 40001 while a stop of it '
+    'is at work. Holds the job''s barrier, shared, until the transaction ends.';
 
 -- guard_inserted_executions(): refuses new active executions of a job that has ended, once a job, not once a row.
 -- Raises   what admit_execution raises
@@ -105,14 +82,16 @@ RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_job_id text;
+    v_job_id executions.job_id%TYPE;
 BEGIN
     -- The common case, for which every insert pays: one job, which goes on, and no stop of it about. What is known of it
-    -- is asked for in few statements and expressions, since each costs more than what it does.
-    SELECT CASE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id, 'jobs'::regclass::oid::bigint))
+    -- is asked for in few statements and expressions, since each costs more than what it does; so job_barrier() is
+    -- written out here.
+    SELECT CASE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id::text, 'jobs'::regclass::oid::bigint))
                      AND current_setting('transaction_isolation') = 'read committed' THEN i.job_id END
     INTO v_job_id
-    FROM inserted i;  -- INTO takes one row, LIMIT would cost more
+    FROM inserted i
+    LIMIT 1;  -- INTO would take the first row by itself, but plpgsql.extra_errors can make an error of the others
     -- In a statement of its own, whose snapshot is younger than the lock. EXISTS would cost more than the join.
     PERFORM
     FROM jobs j
@@ -122,7 +101,7 @@ BEGIN
         RETURN NULL;
     END IF;
 
-    PERFORM admit_execution(i.job_id)
+    PERFORM admit_execution(i.job_id::text)
     FROM (SELECT DISTINCT n.job_id FROM inserted n WHERE n.status IN ('pending', 'running', 'processing') ORDER BY 1) i;
     RETURN NULL;
 END;
@@ -131,9 +110,8 @@ REVOKE ALL ON FUNCTION guard_inserted_executions() FROM PUBLIC;
 COMMENT ON FUNCTION guard_inserted_executions() IS 'Trigger: no active execution is added to a job that has ended.';
 
 -- guard_updated_execution(): refuses an update that makes an execution active, or moves an active one to another job,
--- when the job it then belongs to has ended. Keeps an execution that an emergency stop failed as it is, its mark
--- included: other keys of its output may be added or changed, and it is released by taking the mark away and setting
--- another status in one UPDATE that keeps the rest of the output.
+-- when the job it then belongs to has ended. An execution that an emergency stop failed stays failed and keeps its
+-- mark for ever; other keys of its output may be added or changed.
 -- Raises   what admit_execution raises; object_not_in_prerequisite_state (55000)
 -- Locks    what admit_execution locks, after the execution's row
 CREATE OR REPLACE FUNCTION guard_updated_execution()
@@ -142,15 +120,13 @@ SET search_path FROM CURRENT
 AS $$
 BEGIN
     IF NEW.status IN ('pending', 'running', 'processing') THEN
-        PERFORM admit_execution(NEW.job_id);
+        PERFORM admit_execution(NEW.job_id::text);
     END IF;
-    IF OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}' AND (
-        NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}'
-        OR NEW.status <> 'failed' AND NOT NEW.output ? 'emergency_stop' AND NEW.output @> (OLD.output - 'emergency_stop')
-    ) IS NOT TRUE THEN
+    IF OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}'
+       AND (NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}') IS NOT TRUE THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
-                  HINT = 'To release it on purpose: UPDATE executions SET output = output - ''emergency_stop'', status = ... in one statement.';
+                  HINT = 'Start a new execution after the job has been released with release_job.';
     END IF;
     RETURN NULL;
 END;
@@ -159,9 +135,8 @@ REVOKE ALL ON FUNCTION guard_updated_execution() FROM PUBLIC;
 COMMENT ON FUNCTION guard_updated_execution() IS
     'Trigger: no execution becomes active in a job that has ended; one that an emergency stop failed stays failed and marked.';
 
--- guard_updated_job(): keeps a job that was emergency-stopped as it is, its mark and its id included.
--- Other keys of its metadata may be added or changed. It is released by taking the mark away and setting another
--- status in one UPDATE that keeps the rest of the metadata: a stale copy written back does not do that by chance.
+-- guard_updated_job(): a job that was emergency-stopped keeps its status, its mark and its id, whatever else the
+-- statement does; other keys of its metadata may be added or changed. Only release_job takes the mark away.
 -- Raises   object_not_in_prerequisite_state (55000)
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION guard_updated_job()
@@ -169,50 +144,24 @@ RETURNS trigger LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF OLD.metadata @> '{"emergency_stop": true}' AND (
-        NEW.id = OLD.id
-        AND (NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}'
-             OR NEW.status <> OLD.status AND NOT NEW.metadata ? 'emergency_stop' AND NEW.metadata @> (OLD.metadata - 'emergency_stop'))
-    ) IS NOT TRUE THEN
+    IF OLD.metadata @> '{"emergency_stop": true}'
+       AND (NEW.id = OLD.id AND NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}') IS NOT TRUE
+       AND current_setting('beacon_stop.releasing', true) IS DISTINCT FROM OLD.id::text THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
-                  HINT = 'To release it on purpose: UPDATE jobs SET metadata = metadata - ''emergency_stop'', status = ... in one statement.';
+                  HINT = 'To let it go on: SELECT release_job(id, reason, status).';
     END IF;
     RETURN NULL;
 END;
 $$;
 REVOKE ALL ON FUNCTION guard_updated_job() FROM PUBLIC;
-COMMENT ON FUNCTION guard_updated_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id.';
+COMMENT ON FUNCTION guard_updated_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id until release_job.';
 
 -- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
 -- anew in each statement, which would cost more than the rest of a one-row update: so they only let through what every
 -- worker does, in as few words as possible, and the functions look closer.
 DO $$
-DECLARE
-    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     CONSTANT timestamptz := clock_timestamp() + interval '10s';
-    v_tables       text[] := '{jobs,executions}';
 BEGIN
-    IF to_regprocedure('guard_started_execution()') IS NOT NULL THEN  -- of an earlier installation, with all rules in the WHEN clauses
-        -- Workers lock the tables in either order. Whichever we took first and kept, some of them would be in a deadlock with us.
-        LOOP
-            BEGIN
-                PERFORM set_config('lock_timeout', '200ms', true);
-                EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_tables[1]);
-                PERFORM set_config('lock_timeout', '20ms', true);
-                EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_tables[2]);
-                EXIT;
-            EXCEPTION WHEN lock_not_available THEN
-                IF clock_timestamp() > v_deadline THEN
-                    RAISE;
-                END IF;
-                v_tables := ARRAY[v_tables[2], v_tables[1]];
-                PERFORM pg_sleep(0.05);
-            END;
-        END LOOP;
-        PERFORM set_config('lock_timeout', v_lock_timeout, true);
-        DROP FUNCTION guard_started_execution(), guard_stopped_execution(), guard_stopped_job() CASCADE;
-    END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_inserted_executions') THEN
         CREATE TRIGGER guard_inserted_executions AFTER INSERT ON executions
             REFERENCING NEW TABLE AS inserted

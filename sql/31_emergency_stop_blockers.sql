@@ -1,68 +1,200 @@
--- emergency_stop_blockers(id): the sessions that hold up a stop of a job which is waiting now, in another session.
--- Returns  a row for each: pid (0 for a prepared transaction), application_name, state, transaction_seconds (the age
---          of its transaction); no row while no stop of that job waits
--- Raises   nothing of its own
--- Locks    nothing
+-- emergency_stop_blockers(id): the sessions that would hold up a stop of a job now. No stop need be waiting.
+-- Returns  a row for each: pid (0 for a prepared transaction), application_name (a prepared transaction's gid),
+--          database_user, state, transaction_seconds (the age of its transaction), query (the first 200 characters of its
+--          last statement); no row for an unknown job
+-- Raises   read_only_sql_transaction (25006)  the transaction is read-only, and others hold rows of the job
+-- Locks    for a moment those rows of the job that transactions which still run have locked before
 --
--- A session holds the stop up if it holds what the stop waits for, or what the sessions queued before it wait for.
--- Those that merely wait are left out, and so are other stops of the job that are at work. Batches, which hold the
--- same barriers in the same way, are not: they are known by a lock of their own.
+-- It reads who holds what, and waits for nothing. What can hold up a stop: the job's barrier, which whoever starts an
+-- execution shares; the rows of the job and of its active executions; and locks on whole tables.
 
-CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
-RETURNS TABLE (pid int, application_name text, state text, transaction_seconds numeric)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+-- running_row_holders(id): the transactions that hold the row of a job, or of one of its active executions, against a stop.
+-- Returns  xid: the transaction, or a part of it; ambiguous: the number may also mean several transactions at once (a
+--          multixact), so that nobody should be ended because of it
+-- Raises   read_only_sql_transaction (25006)  as above
+-- Locks    as above
+CREATE OR REPLACE FUNCTION running_row_holders(id text)
+RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_now     CONSTANT timestamptz := clock_timestamp();
-    v_barrier CONSTANT bigint := hashtextextended(emergency_stop_blockers.id, 'jobs'::regclass::oid::bigint);
-    v_batch   CONSTANT bigint := hashtext('beacon-stop batch')::bigint;
+    v_id      CONSTANT jobs.id%TYPE := to_job_id(running_row_holders.id);
+    v_running CONSTANT xid[] := ARRAY(SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted);
+    v_xmax    xid;
+    v_free    tid[];
+    v_job_is_free boolean;
+    v_members xid[];
+BEGIN
+    -- A transaction number in xmax does not tell in which mode the row is locked. What can be locked is not held.
+    BEGIN
+        PERFORM limit_lock_wait('10ms');
+        v_job_is_free := EXISTS (SELECT FROM (
+            SELECT FROM jobs j WHERE j.id = v_id AND j.xmax = ANY (v_running) FOR NO KEY UPDATE SKIP LOCKED) f);
+        v_free := ARRAY(SELECT e.ctid FROM executions e
+                        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax = ANY (v_running)
+                        FOR NO KEY UPDATE SKIP LOCKED);
+        RAISE triggered_action_exception;
+    EXCEPTION
+        WHEN triggered_action_exception THEN  -- which lets go of them
+        WHEN lock_not_available THEN  -- a whole table is locked: whoever holds that is known by it
+            RETURN;
+    END;
+    FOR v_xmax IN
+        SELECT j.xmax FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
+        UNION
+        SELECT e.xmax FROM executions e
+        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0' AND e.ctid <> ALL (v_free)
+    LOOP
+        v_members := '{}';
+        IF mxid_age(v_xmax) > 0 THEN  -- it may be the number of a multixact
+            BEGIN
+                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_xmax) m
+                                   WHERE m.mode <> 'keysh' AND m.xid = ANY (v_running));
+            EXCEPTION WHEN invalid_parameter_value OR internal_error THEN  -- it is none, or one that is long gone
+            END;
+        END IF;
+        RETURN QUERY
+            SELECT m.member, v_xmax = ANY (v_running) FROM unnest(v_members) AS m (member)
+            UNION ALL
+            SELECT v_xmax, cardinality(v_members) > 0 WHERE v_xmax = ANY (v_running);
+    END LOOP;
+END;
+$$;
+REVOKE ALL ON FUNCTION running_row_holders(text) FROM PUBLIC;
+COMMENT ON FUNCTION running_row_holders(text) IS 'The transactions that hold rows of this job against a stop, and whether that is ambiguous.';
+
+-- job_holders(id): as emergency_stop_blockers, and what has to be known before a session is ended.
+-- Returns  the same columns; and since: when its transaction began, NULL if it has none or that is not to be seen;
+--          may_be_ended: whether the owner of these functions may end it, and it is beyond doubt that it holds the job
+-- Raises, Locks  as emergency_stop_blockers
+CREATE OR REPLACE FUNCTION job_holders(id text)
+RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
+               since timestamptz, may_be_ended boolean)
+LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_key     CONSTANT text := to_job_id(job_holders.id)::text;
+    v_barrier CONSTANT bigint := job_barrier(v_key);
+    v_owner   CONSTANT oid := current_user::regrole::oid;
 BEGIN
     RETURN QUERY
-    WITH RECURSIVE locks AS MATERIALIZED (
-        SELECT l.*, ROW(l.locktype, l.database, l.relation, l.page, l.tuple, l.virtualxid,
-                        l.transactionid, l.classid, l.objid, l.objsubid) AS object
+    WITH locks AS MATERIALIZED (
+        SELECT l.*, a.state
         FROM pg_locks l
-    ),
-    stops AS MATERIALIZED (
-        SELECT DISTINCT l.pid
+        LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+        WHERE l.pid IS DISTINCT FROM pg_backend_pid()
+          AND (l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database()) OR l.locktype = 'transactionid')
+    ), barrier AS (
+        SELECT l.pid, l.virtualtransaction,
+               -- A stop at work has the barrier alone. One that is done, or a batch, shares it with itself besides.
+               NOT bool_or(l.mode = 'ShareLock') AND l.pid IS NOT NULL AND bool_and(l.state NOT LIKE 'idle%') IS NOT FALSE AS stop_at_work
         FROM locks l
-        WHERE l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
-          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-          AND l.classid = (v_barrier >> 32 & 4294967295)::oid
-          AND l.objid = (v_barrier & 4294967295)::oid
-          AND NOT EXISTS (
-              SELECT
-              FROM locks b
-              WHERE b.pid = l.pid AND b.locktype = 'advisory' AND b.objsubid = 1 AND b.database = l.database
-                AND b.classid = (v_batch >> 32 & 4294967295)::oid
-                AND b.objid = (v_batch & 4294967295)::oid
-          )
-    ),
-    queued (waiter) AS (
-        SELECT s.pid FROM stops s
+        WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+          AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
+        GROUP BY l.pid, l.virtualtransaction
+    ), found AS (
+        SELECT b.pid, b.virtualtransaction, false AS ambiguous FROM barrier b
         UNION
-        SELECT b.blocker
-        FROM queued q, unnest(pg_blocking_pids(q.waiter)) AS b (blocker)
-        WHERE EXISTS (SELECT FROM stops s WHERE s.pid = b.blocker)
-           OR NOT EXISTS (
-               SELECT
-               FROM locks w
-               JOIN locks h ON h.object IS NOT DISTINCT FROM w.object AND h.granted AND h.pid = b.blocker
-               WHERE w.pid = q.waiter AND NOT w.granted AND w.locktype <> 'tuple'
-           ) AND b.blocker <> 0
+        SELECT l.pid, l.virtualtransaction, r.ambiguous
+        FROM running_row_holders(v_key) r
+        JOIN locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xid
+        UNION
+        -- Who waits for such a lock is in the way as well: later requests queue behind it.
+        SELECT l.pid, l.virtualtransaction, false
+        FROM locks l
+        WHERE l.locktype = 'relation' AND l.relation IN ('jobs'::regclass, 'executions'::regclass, 'emergency_stops'::regclass)
+          AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
     )
-    SELECT DISTINCT b.blocker, a.application_name,
-           CASE b.blocker WHEN 0 THEN 'prepared transaction' ELSE a.state END,
-           round(extract(epoch FROM v_now - a.xact_start)::numeric, 3)
-    FROM queued q
-    CROSS JOIN unnest(pg_blocking_pids(q.waiter)) AS b (blocker)
-    LEFT JOIN pg_stat_activity a ON a.pid = b.blocker
-    WHERE NOT EXISTS (SELECT FROM queued o WHERE o.waiter = b.blocker)
-       OR EXISTS (SELECT FROM stops s WHERE s.pid = b.blocker) AND a.state LIKE 'idle in transaction%'
-    ORDER BY 1;
+    SELECT COALESCE(f.pid, 0), COALESCE(p.gid, a.application_name), COALESCE(p.owner, a.usename)::text,
+           CASE WHEN f.pid IS NULL THEN 'prepared transaction' ELSE a.state END,
+           round(extract(epoch FROM clock_timestamp() - COALESCE(p.prepared, a.xact_start))::numeric, 3), left(a.query, 200),
+           COALESCE(p.prepared, a.xact_start),
+           -- The rule of pg_terminate_backend.
+           NOT bool_or(f.ambiguous) AND f.pid IS NOT NULL AND (o.rolsuper OR COALESCE(
+               NOT r.rolsuper AND (pg_has_role(v_owner, r.oid, 'USAGE') OR pg_has_role(v_owner, 'pg_signal_backend', 'USAGE')), false))
+    FROM found f
+    JOIN pg_roles o ON o.oid = v_owner
+    LEFT JOIN pg_stat_activity a ON a.pid = f.pid
+    LEFT JOIN pg_roles r ON r.oid = a.usesysid
+    LEFT JOIN LATERAL (SELECT x.gid, x.owner, x.prepared
+                       FROM locks l
+                       JOIN pg_prepared_xacts x ON x.transaction = l.transactionid
+                       WHERE f.pid IS NULL AND l.pid IS NULL AND l.virtualtransaction = f.virtualtransaction) p ON true
+    WHERE NOT EXISTS (SELECT FROM barrier b WHERE b.pid = f.pid AND b.stop_at_work)
+    GROUP BY f.pid, f.virtualtransaction, p.gid, p.owner, p.prepared, a.application_name, a.usename, a.state, a.xact_start, a.query,
+             o.rolsuper, r.rolsuper, r.oid
+    ORDER BY 1, 2;
+END;
+$$;
+REVOKE ALL ON FUNCTION job_holders(text) FROM PUBLIC;
+COMMENT ON FUNCTION job_holders(text) IS 'The sessions that would hold up a stop of this job now, since when, and whether they may be ended.';
+
+CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
+RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+SET row_security = off
+AS $$
+BEGIN
+    RETURN QUERY
+        SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
+        FROM job_holders(emergency_stop_blockers.id) h;
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_blockers(text) IS
-    'The sessions that hold up a stop of this job which is waiting now in another session: pid, application_name, state, transaction_seconds. Locks nothing.';
+    'The sessions that would hold up a stop of this job now: pid, application_name, database_user, state, transaction_seconds, query. '
+    'Waits for nothing; tries for a moment to lock rows of the job that others seem to hold.';
+
+-- end_or_name_holders(id, patience, force, problem): what is left to do once a stop has waited for that long.
+-- Returns  with force: how many sessions were ended, those whose transactions had begun before the wait; they are gone then
+-- Raises   lock_not_available (55P03)  in all other cases, with the holders as JSON in DETAIL; with the message of the
+--          error that was met if nobody holds the job
+-- Locks    as emergency_stop_blockers
+CREATE OR REPLACE FUNCTION end_or_name_holders(id text, patience interval, force boolean, problem text)
+RETURNS int LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_began     CONSTANT timestamptz := clock_timestamp() - patience;
+    v_pids      int[];
+    v_holders   json;
+    v_not_ended json;
+BEGIN
+    -- Only who was there when the wait began has held the job for that long. Where all have come since, all are named.
+    WITH holders AS MATERIALIZED (
+        SELECT h.*, COALESCE(h.since <= v_began, true) AS overdue, json_build_object(
+                   'pid', h.pid, 'application_name', h.application_name, 'database_user', h.database_user, 'state', h.state,
+                   'transaction_seconds', h.transaction_seconds, 'query', h.query) AS shown
+        FROM job_holders(end_or_name_holders.id) h
+    )
+    SELECT COALESCE(array_agg(h.pid) FILTER (WHERE h.overdue), '{}'),
+           COALESCE(json_agg(h.shown) FILTER (WHERE h.overdue), json_agg(h.shown), '[]'),
+           json_agg(h.shown) FILTER (WHERE h.overdue AND NOT h.may_be_ended)
+    INTO v_pids, v_holders, v_not_ended
+    FROM holders h;
+
+    IF force AND cardinality(v_pids) > 0 AND v_not_ended IS NULL THEN
+        PERFORM pg_terminate_backend(p.pid) FROM unnest(v_pids) AS p (pid);
+        PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_pids) AS p (pid);  -- waits for its end
+        RETURN cardinality(v_pids);
+    END IF;
+    IF json_array_length(v_holders) = 0 THEN
+        RAISE lock_not_available
+            USING MESSAGE = format('job %s could not be stopped in %s: %s', quote_literal(id), patience, problem),
+                  DETAIL = '[]', HINT = 'Nobody holds the job now. Try again.';
+    END IF;
+    RAISE lock_not_available
+        USING MESSAGE = format('job %s is locked', quote_literal(id)),
+              DETAIL = CASE WHEN force AND v_not_ended IS NOT NULL
+                            THEN json_build_object('blocked_by', v_holders, 'not_ended', v_not_ended) ELSE v_holders END,
+              HINT = CASE WHEN force AND v_not_ended IS NOT NULL
+                          THEN 'A superuser can end the sessions in not_ended, and an operator the prepared transactions, with ROLLBACK PREPARED. Nothing was changed, and nobody was ended.'
+                          ELSE format('Others have held it for %s; nothing was changed. To end those sessions: SELECT emergency_stop_job(id, force => true).', patience)
+                     END;
+END;
+$$;
+REVOKE ALL ON FUNCTION end_or_name_holders(text, interval, boolean, text) FROM PUBLIC;
+COMMENT ON FUNCTION end_or_name_holders(text, interval, boolean, text) IS
+    'Ends the sessions that have held this job for that long, if force is given; else raises 55P03 with them as JSON in DETAIL.';

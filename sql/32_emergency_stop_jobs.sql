@@ -1,31 +1,52 @@
--- emergency_stop_jobs(ids, reasons): stops several jobs in one transaction, each as emergency_stop_job does: one commit, one
--- flush. It waits for nobody: a job that others hold is left out, to be stopped by itself.
--- Returns  a row for each id, in the order given: id, and summary, emergency_stop_job's answer; NULL where other transactions
---          held the job for longer than 5 ms: of that job nothing was changed, the others are stopped
+-- emergency_stop_jobs(ids, reason, caller, force, patience): stops several jobs in one transaction, each as emergency_stop_job
+-- does: one commit, one flush. A job that others hold does not hold up the others; it is left out, to be tried again.
+-- caller is one object for all of them, or an array with an object for each. force ends the sessions that hold a job, if
+-- all their transactions are older than lock_timeout (10 s where that is 0).
+-- Returns  a row for each id, in the order given: id, and summary, which is emergency_stop_job's answer, or
+--          {"error": "job is locked", "job_id": "a", "blocked_by": [...]} where others held the job for longer than
+--          patience (with "not_ended", as emergency_stop_job says): of that job nothing was changed
 -- Raises   what emergency_stop_job raises, but for lock_not_available
--- Locks    what emergency_stop_job locks, job by job in the order given, all until the transaction ends
-
-CREATE OR REPLACE FUNCTION emergency_stop_jobs(ids text[], reasons text[] DEFAULT NULL)
+-- Locks    what emergency_stop_job locks, job by job in the order of the ids, all until the transaction ends
+CREATE OR REPLACE FUNCTION emergency_stop_jobs(
+    ids text[], reason text DEFAULT NULL, caller jsonb DEFAULT NULL, force boolean DEFAULT false, patience interval DEFAULT '5 ms')
 RETURNS TABLE (id text, summary json) LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_reason       text;
+    v_held_for     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END;
+    v_summaries    json[] := '{}';
+    v_job          record;
+    v_detail       text;
+    v_holders      json;
 BEGIN
-    FOR id, v_reason IN SELECT j.id, j.reason FROM unnest(ids, reasons) AS j (id, reason) LOOP
+    PERFORM require_read_committed('emergency_stop_jobs');
+    FOR v_job IN  -- in one order for all callers, so that two of them do not wait for each other
+        SELECT j.id, j.number, CASE jsonb_typeof(caller) WHEN 'array' THEN caller -> (j.number - 1)::int ELSE caller END AS caller
+        FROM unnest(ids) WITH ORDINALITY AS j (id, number)
+        ORDER BY j.id
+    LOOP
         BEGIN
-            PERFORM set_config('lock_timeout', '5ms', true);
-            summary := emergency_stop_job(id, v_reason);
+            PERFORM limit_lock_wait(patience);
+            v_summaries[v_job.number] := emergency_stop_job(v_job.id, reason, caller => v_job.caller, force =>
+                force AND NOT EXISTS (SELECT FROM emergency_stop_blockers(v_job.id) b
+                                      WHERE b.transaction_seconds < extract(epoch FROM v_held_for)));
         EXCEPTION WHEN lock_not_available THEN
-            summary := NULL;
+            GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
+            v_holders := v_detail;
+            v_summaries[v_job.number] := CASE json_typeof(v_holders)
+                WHEN 'array' THEN json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders)
+                ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders -> 'blocked_by',
+                                       'not_ended', v_holders -> 'not_ended')
+            END;
         END;
-        RETURN NEXT;
     END LOOP;
     -- Before the commit, in which NOTIFY waits for others who are committing.
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    RETURN QUERY SELECT j.id, j.summary FROM unnest(ids, v_summaries) AS j (id, summary);
 END;
 $$;
-REVOKE ALL ON FUNCTION emergency_stop_jobs(text[], text[]) FROM PUBLIC;
-COMMENT ON FUNCTION emergency_stop_jobs(text[], text[]) IS
-    'Stops several jobs in one transaction; returns for each emergency_stop_job''s summary, or NULL where others hold the job: that one is not stopped.';
+REVOKE ALL ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) FROM PUBLIC;
+COMMENT ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) IS
+    'Stops several jobs in one transaction; returns for each emergency_stop_job''s answer, or {error, job_id, blocked_by} where '
+    'others hold it: that one is not stopped. Raises what emergency_stop_job raises but 55P03. Locks what that locks.';

@@ -1,66 +1,133 @@
 -- timeout_stuck_jobs(threshold, max_jobs): fails the jobs that have come to a standstill, those at it longest first.
--- A job is stuck when it has not ended and neither it nor any of its executions was added, started, completed or
--- updated for the threshold. It becomes failed with its active executions; it gets no emergency_stop mark.
--- Of a job, or an active execution, without any time nobody knows that: it is not stuck.
+-- A job is stuck when it is created, pending or processing, and neither it nor any of its executions was added, started,
+-- completed or updated for the threshold, nor the job released. It becomes failed with its active executions; it gets
+-- no emergency_stop mark. A job in any other state, or in none, is left alone: nobody knows whether that has ended.
+-- Of a job, or an active execution, without any time nobody knows when it changed: it is not stuck.
 -- Returns  {"ok": true, "message": "Stuck jobs timeout completed", "timed_out_count": 1, "timeout_threshold_minutes": 15,
 --           "timed_out_jobs": [{"job_id": "a", "previous_status": "processing", "executions_stopped": 3}], "more": false}
---          "more" tells that some are left: beyond max_jobs (0 to 1,000), after 5 seconds, or locked
+--          "more" tells that some are left: beyond max_jobs (0 to 1,000), after 5 seconds, locked, or kept from failing
+--          by triggers of the application's own
 -- Raises   invalid_parameter_value (22023)    threshold is not between 0 and 525,600 minutes, max_jobs not between 0 and 1,000
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
+--          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         a whole table was locked for longer than lock_timeout
--- Locks    for each job its barrier, alone, then its active executions, then its row, FOR NO KEY UPDATE, until the
---          transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left for the
---          next call.
+-- Locks    for each job its barrier, alone and shared, then its active executions, then its row, FOR NO KEY UPDATE,
+--          until the transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left
+--          for the next call.
 
--- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have been.
+-- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have
+-- been, or the job was released after that. A release counts by its record: a worker may write an old updated_at back.
 -- Returns  true or false
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION job_has_progressed(id text, since timestamptz)
-RETURNS boolean LANGUAGE plpgsql STABLE SECURITY DEFINER
+RETURNS boolean LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
+DECLARE
+    v_id CONSTANT jobs.id%TYPE := to_job_id(job_has_progressed.id);
 BEGIN
     -- The latest first: of a job with a long history that goes on, few are looked at. Written so that only the index on
     -- (job_id, id) gives the order: after a runaway the statistics make the one on id look better, and all is read.
     PERFORM FROM executions e
-    WHERE e.job_id >= job_has_progressed.id AND e.job_id <= job_has_progressed.id
+    WHERE e.job_id >= v_id AND e.job_id <= v_id
       AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > since, e.status IN ('pending', 'running', 'processing'))
     ORDER BY e.job_id DESC, e.id DESC
     LIMIT 1;
+    IF NOT FOUND THEN
+        PERFORM FROM emergency_stops s
+        WHERE s.job_id = job_has_progressed.id AND s.action = 'release' AND s.stopped_at > since
+        LIMIT 1;
+    END IF;
     RETURN FOUND;
 END;
 $$;
 REVOKE ALL ON FUNCTION job_has_progressed(text, timestamptz) FROM PUBLIC;
 COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS
-    'Whether an execution of this job was added, started or completed since, or may have been. Locks nothing.';
+    'Whether an execution of this job was added, started or completed since, or may have been, or the job was released. Locks nothing.';
+
+-- time_out_job(id, since, at): fails one job with its active executions, if it is still stuck; `at` is when.
+-- Returns  {"job_id": "a", "previous_status": "processing", "executions_stopped": 3}
+-- Raises   SQLSTATE BS001              it is not stuck any more: it has progressed, ended or gone
+--          SQLSTATE BS002              triggers of the application's own keep it, or an execution of it, from failing
+--          lock_not_available (55P03)  others held it for longer than lock_timeout
+-- Locks    its barrier, alone and shared, then its active executions, then its row, FOR NO KEY UPDATE. The caller lets go
+--          of all that by rolling back to a savepoint if this raises something.
+CREATE OR REPLACE FUNCTION time_out_job(id text, since timestamptz, at timestamptz)
+RETURNS json LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id      CONSTANT jobs.id%TYPE := to_job_id(time_out_job.id);
+    v_barrier CONSTANT bigint := job_barrier(time_out_job.id);
+    v_before  text;
+    v_after   text;
+    v_failed  bigint;
+    v_stopped bigint := 0;
+BEGIN
+    PERFORM pg_advisory_xact_lock(v_barrier);
+    PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which a stop knows that we hold the job until we commit
+    PERFORM FROM executions e
+    WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
+    FOR NO KEY UPDATE;
+    SELECT j.status INTO v_before
+    FROM jobs j
+    WHERE j.id = v_id AND j.status IN ('created', 'pending', 'processing') AND greatest(j.created_at, j.updated_at) <= since
+    FOR NO KEY UPDATE;
+    -- Now nobody else can change any of it.
+    IF NOT FOUND OR job_has_progressed(time_out_job.id, since) THEN
+        RAISE SQLSTATE 'BS001' USING MESSAGE = format('job %s is not stuck any more', quote_literal(time_out_job.id));
+    END IF;
+
+    -- A trigger of the application's own may start an execution for each that fails, so we look again.
+    FOR v_round IN 1 .. 10 LOOP
+        UPDATE executions e
+        SET status = 'failed',
+            completed_at = time_out_job.at,
+            output = as_object(e.output, 'previous_output') || '{"error": "Job timed out"}'
+        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
+        GET DIAGNOSTICS v_failed = ROW_COUNT;
+        EXIT WHEN v_failed = 0;
+        v_stopped := v_stopped + v_failed;
+    END LOOP;
+    UPDATE jobs j
+    SET status = 'failed',
+        updated_at = time_out_job.at,
+        metadata = as_object(j.metadata, 'previous_metadata')
+                   || jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at))
+    WHERE j.id = v_id
+    RETURNING j.status INTO v_after;
+    IF v_after IS DISTINCT FROM 'failed'
+       OR EXISTS (SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')) THEN
+        RAISE SQLSTATE 'BS002' USING MESSAGE = format('triggers keep job %s from failing', quote_literal(time_out_job.id));
+    END IF;
+    RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);
+END;
+$$;
+REVOKE ALL ON FUNCTION time_out_job(text, timestamptz, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION time_out_job(text, timestamptz, timestamptz) IS
+    'Fails one job with its active executions if it has not progressed since, or raises BS001; locks its barrier, active executions and row.';
 
 CREATE OR REPLACE FUNCTION timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 SET timezone FROM CURRENT  -- for columns of type timestamp
+SET row_security = off     -- an error where rows would be hidden from us
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_now          CONSTANT timestamptz := clock_timestamp();
     v_candidates   CURSOR (before timestamptz) FOR  -- planned for its first rows, so that a long backlog is not sorted
-        SELECT j.id
+        SELECT j.id::text AS id
         FROM jobs j
-        WHERE (j.status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE
+        WHERE j.status IN ('created', 'pending', 'processing')
           AND COALESCE(j.updated_at, '-infinity') <= before AND greatest(j.created_at, j.updated_at) <= before
         ORDER BY COALESCE(j.updated_at, '-infinity'), j.id;
     v_before       timestamptz;
-    v_status       text;
-    v_stopped      bigint;
     v_jobs         json[] := '{}'::json[];
     v_more         boolean := false;
 BEGIN
-    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-        RAISE invalid_transaction_state
-            USING MESSAGE = format('timeout_stuck_jobs cannot run in a %s transaction', upper(current_setting('transaction_isolation'))),
-                  DETAIL = 'Its snapshot would not show executions that others have added since.',
-                  HINT = 'Call it in a READ COMMITTED transaction.';
-    END IF;
+    PERFORM require_read_committed('timeout_stuck_jobs');
     IF (threshold > '0' AND extract(epoch FROM threshold) <= 525600 * 60) IS NOT TRUE THEN
         RAISE invalid_parameter_value
             USING MESSAGE = format('threshold is %s: expected more than 0, at most 525600 minutes', COALESCE(threshold::text, 'null'));
@@ -71,63 +138,30 @@ BEGIN
     END IF;
     v_before := v_now - threshold;
 
-    PERFORM pg_advisory_xact_lock_shared(hashtext('beacon-stop batch'));  -- by which emergency_stop_blockers knows a batch
     FOR v_job IN v_candidates(v_before) LOOP
         CONTINUE WHEN job_has_progressed(v_job.id, v_before);
-        IF cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + '5s'::interval THEN
+        IF cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + interval '5 s' THEN
             v_more := true;
             EXIT;
         END IF;
         BEGIN
-            -- While nothing is locked yet, we can afford to queue for a moment, so that a flood of short transactions, of
-            -- which one or another always holds the job, does not keep it from being timed out for ever.
-            PERFORM set_config('lock_timeout', CASE WHEN cardinality(v_jobs) = 0 AND clock_timestamp() < v_now + '1s'::interval
+            -- While nothing is locked yet, we can afford to queue for a moment. A flood of short transactions, of which
+            -- one or another always holds the job, would otherwise keep it from being timed out for ever.
+            PERFORM set_config('lock_timeout', CASE WHEN cardinality(v_jobs) = 0 AND clock_timestamp() < v_now + interval '1 s'
                                                     THEN '100ms' ELSE '1ms' END, true);
-            PERFORM pg_advisory_xact_lock(hashtextextended(v_job.id, 'jobs'::regclass::oid::bigint));
-            PERFORM FROM executions e
-            WHERE e.job_id = v_job.id AND e.status IN ('pending', 'running', 'processing')
-            FOR NO KEY UPDATE;
-            SELECT j.status INTO v_status
-            FROM jobs j
-            WHERE j.id = v_job.id
-              AND (j.status IN ('completed', 'failed', 'cancelled')) IS NOT TRUE AND greatest(j.created_at, j.updated_at) <= v_before
-            FOR NO KEY UPDATE;
-            -- Now that nobody else can change any of it:
-            IF NOT FOUND OR job_has_progressed(v_job.id, v_before) THEN
-                RAISE SQLSTATE 'BS001';
-            END IF;
-            UPDATE executions e
-            SET status = 'failed',
-                completed_at = v_now,
-                output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output
-                              WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output)
-                              ELSE '{}'
-                         END || '{"error": "Job timed out"}'
-            WHERE e.job_id = v_job.id AND e.status IN ('pending', 'running', 'processing');
-            GET DIAGNOSTICS v_stopped = ROW_COUNT;
-            UPDATE jobs j
-            SET status = 'failed',
-                updated_at = v_now,
-                metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata
-                                WHEN j.metadata <> 'null' THEN jsonb_build_object('previous_metadata', j.metadata)
-                                ELSE '{}'
-                           END || jsonb_build_object('timed_out', true,
-                                                     'timed_out_at', to_char(v_now AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'))
-            WHERE j.id = v_job.id;
+            v_jobs := v_jobs || time_out_job(v_job.id, v_before, v_now);
         EXCEPTION
-            WHEN lock_not_available OR deadlock_detected THEN  -- somebody is at work on it
+            -- Whatever was locked is let go of.
+            WHEN lock_not_available OR deadlock_detected OR SQLSTATE 'BS002' THEN
                 v_more := true;
-                CONTINUE;
-            WHEN SQLSTATE 'BS001' THEN  -- it has got on, ended or gone: whatever was locked is let go of
-                CONTINUE;
+            WHEN SQLSTATE 'BS001' THEN
+                NULL;
         END;
-        v_jobs := v_jobs || json_build_object('job_id', v_job.id, 'previous_status', COALESCE(v_status, 'unknown'),
-                                              'executions_stopped', v_stopped);
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 
-    IF cardinality(v_jobs) > 0 AND current_setting('synchronous_commit') IN ('off', 'local') THEN  -- acknowledged means flushed
-        PERFORM set_config('synchronous_commit', 'on', true);
+    IF cardinality(v_jobs) > 0 THEN
+        PERFORM commit_durably();
     END IF;
     INSERT INTO batch_changes (operation, job_id, previous_status, executions_stopped, changed_at)
     SELECT 'timeout_stuck_jobs', b ->> 'job_id', b ->> 'previous_status', (b ->> 'executions_stopped')::bigint, v_now
@@ -141,5 +175,5 @@ $$;
 REVOKE ALL ON FUNCTION timeout_stuck_jobs(interval, int) FROM PUBLIC;
 COMMENT ON FUNCTION timeout_stuck_jobs(interval, int) IS
     'Fails jobs, with their active executions, that have not progressed for the threshold; up to max_jobs, the oldest first; '
-    'returns the JSON summary. Raises 25000 above READ COMMITTED, 22023 for arguments out of range. '
+    'returns the JSON summary. Raises 25000 above READ COMMITTED, 25006 on a standby, 22023 for arguments out of range. '
     'Locks each job''s barrier, active executions and row until the transaction ends, leaving out jobs that others hold.';

@@ -107,8 +107,6 @@ def create_service_role(**connection: Any) -> None:
             db.execute(create_role)
         db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
         db.execute(grants)
-        with suppress(psycopg.errors.UndefinedFunction):  # on a PL/Proxy front
-            db.execute(readme_block("sql", "GRANT EXECUTE ON FUNCTION emergency_stop_jobs"))
 
 
 def install(**connection: Any) -> None:

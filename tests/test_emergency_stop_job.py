@@ -76,7 +76,10 @@ def test_a_job_that_ended_by_itself_is_left_as_it_is(db, make_job, stop, status)
 
     assert stop(job_id)["status"] == status
     assert db.execute("SELECT status, metadata FROM jobs WHERE id = %s", (job_id,)).fetchone() == (status, None)
-    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
+    # Version 1.0 recorded none of them. One that failed by itself is recorded, once, so that no batch restarts it.
+    assert stop(job_id)["action"] == "none"
+    recorded = db.execute("SELECT action, previous_status, new_status, executions_stopped FROM emergency_stops").fetchall()
+    assert recorded == ([("stop", "failed", "failed", 0)] if status == "failed" else [])
 
 
 @pytest.mark.parametrize("status", ["created", "pending", "processing", "paused", "a state nobody knows"])

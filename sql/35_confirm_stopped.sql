@@ -1,0 +1,46 @@
+-- confirm_stopped(execution_ids): for workers, who say by it that they have dropped these executions after an emergency stop.
+-- Each that a stop has failed gets the time as "confirmed_at" in its output; the others stay as they are, and so do those
+-- that were confirmed before. execution_ids is an array of the type of executions.id.
+-- Returns  how many of them a stop had failed and were not confirmed yet
+-- Raises   what a trigger or constraint of the application's raises
+-- Locks    these executions, FOR NO KEY UPDATE, in the order of their ids, until the transaction ends; each wait is bounded by
+--          lock_timeout, if that is set
+
+DO $$
+DECLARE
+    v_type     CONSTANT regtype := (SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = to_regclass('executions') AND a.attname = 'id');
+    v_function regprocedure;
+BEGIN
+    -- One of an earlier installation, when the column had another type.
+    FOR v_function IN
+        SELECT p.oid
+        FROM pg_proc p
+        WHERE p.pronamespace = to_regnamespace(current_schema()) AND p.proname = 'confirm_stopped'
+          AND p.oid IS DISTINCT FROM to_regprocedure(format('confirm_stopped(%s[])', v_type))
+    LOOP
+        EXECUTE format('DROP FUNCTION %s', v_function);
+    END LOOP;
+
+    EXECUTE format($function$
+        CREATE OR REPLACE FUNCTION confirm_stopped(execution_ids %s[])
+        RETURNS int LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+        SET search_path FROM CURRENT
+        SET row_security = off
+        AS '
+        DECLARE
+            v_confirmed int;
+        BEGIN
+            PERFORM FROM executions e WHERE e.id = ANY (confirm_stopped.execution_ids) ORDER BY e.id FOR NO KEY UPDATE;
+            UPDATE executions e
+            SET output = e.output || jsonb_build_object(''confirmed_at'', utc_seconds(clock_timestamp()))
+            WHERE e.id = ANY (confirm_stopped.execution_ids)
+              AND e.status = ''failed'' AND e.output @> ''{"emergency_stop": true}'' AND NOT e.output ? ''confirmed_at'';
+            GET DIAGNOSTICS v_confirmed = ROW_COUNT;
+            RETURN v_confirmed;
+        END;
+        '$function$, v_type);
+    EXECUTE format('REVOKE ALL ON FUNCTION confirm_stopped(%s[]) FROM PUBLIC', v_type);
+    EXECUTE format('COMMENT ON FUNCTION confirm_stopped(%s[]) IS %L', v_type,
+                   'For workers: these executions have been dropped. Returns how many of them a stop had failed and were not confirmed yet.');
+END;
+$$;

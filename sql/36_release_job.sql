@@ -1,0 +1,87 @@
+-- release_job(id, reason, status, caller): lifts an emergency stop, on purpose and on record. The job goes on in this status,
+-- without the mark, its updated_at is now; the rest of its metadata and its executions stay as they are.
+-- Returns  {"ok": true, "message": "Job released", "job_id": "a", "previous_status": "failed", "new_status": "pending",
+--           "released_at": "2025-09-29T23:48:00Z", "reason": "fixed"}
+--          {"error": "job is not stopped", "job_id": "a", "status": "processing"}
+--          {"error": "job not found", "job_id": "a"}
+-- Raises   invalid_parameter_value (22023)         reason or status is missing, too long, or status is failed
+--          invalid_transaction_state (25000)       the transaction is REPEATABLE READ or SERIALIZABLE
+--          read_only_sql_transaction (25006)       the transaction is read-only, as every one on a standby
+--          lock_not_available (55P03)              other transactions held the job for longer than lock_timeout; DETAIL has
+--                                                  them as a JSON array, as emergency_stop_job's has
+--          triggered_data_change_violation (27000) a trigger or rule of the application's kept the job from being released
+-- Locks    the job's barrier, alone and shared, then its row, FOR NO KEY UPDATE, until the transaction ends. The waits are
+--          bounded by lock_timeout, by 10 s where that is 0.
+
+CREATE OR REPLACE FUNCTION release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)
+RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path FROM CURRENT
+SET timezone FROM CURRENT
+SET row_security = off
+AS $$
+DECLARE
+    v_id           CONSTANT jobs.id%TYPE := to_job_id(release_job.id);
+    v_barrier      CONSTANT bigint := job_barrier(v_id::text);
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_deadline     CONSTANT timestamptz := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_job          jobs%ROWTYPE;
+    v_now          timestamptz;
+    v_released     jobs%ROWTYPE;
+BEGIN
+    PERFORM require_read_committed('release_job');
+    IF (length(btrim(reason)) > 0 AND length(reason) <= 1000) IS NOT TRUE THEN
+        RAISE invalid_parameter_value USING MESSAGE = 'reason is missing or too long: expected 1 to 1000 characters';
+    ELSIF (length(release_job.status) BETWEEN 1 AND 255 AND release_job.status <> 'failed') IS NOT TRUE THEN
+        RAISE invalid_parameter_value USING
+            MESSAGE = 'status is missing, too long, or failed: expected the state that the job goes on in, 1 to 255 characters';
+    ELSIF jsonb_typeof(caller) <> 'object' THEN
+        RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
+    END IF;
+
+    -- First without any lock: where there is nothing to release, nobody is waited for.
+    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
+    IF NOT FOUND THEN
+        RETURN json_build_object('error', 'job not found', 'job_id', release_job.id);
+    ELSIF NOT is_emergency_stopped(v_job) THEN
+        RETURN json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
+    END IF;
+    IF NOT lock_job(v_id::text, v_deadline) THEN
+        RAISE lock_not_available
+            USING MESSAGE = format('job %s is locked', quote_literal(release_job.id)),
+                  DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
+                  HINT = 'DETAIL names the sessions that hold it. Nothing was changed. Try again when they have ended.';
+    END IF;
+    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
+    IF NOT FOUND THEN
+        RETURN json_build_object('error', 'job not found', 'job_id', release_job.id);
+    ELSIF NOT is_emergency_stopped(v_job) THEN
+        RETURN json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
+    END IF;
+
+    v_now := clock_timestamp();
+    PERFORM set_config('beacon_stop.releasing', v_job.id::text, true);
+    UPDATE jobs j
+    SET status = release_job.status,
+        updated_at = v_now,
+        metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata - 'emergency_stop' ELSE j.metadata END
+    WHERE j.id = v_id;
+    PERFORM set_config('beacon_stop.releasing', '', true);
+    SELECT j.* INTO v_released FROM jobs j WHERE j.id = v_id;
+    IF (v_released.status = release_job.status AND COALESCE(NOT v_released.metadata ? 'emergency_stop', true)) IS NOT TRUE THEN
+        RAISE triggered_data_change_violation
+            USING MESSAGE = format('job %s was not released: a trigger or rule on table jobs has changed the update', quote_literal(release_job.id)),
+                  DETAIL = format('Its status is %s, its metadata %s.', COALESCE(v_released.status, 'null'), COALESCE(v_released.metadata::text, 'null'));
+    END IF;
+
+    INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
+    VALUES ('release', v_job.id::text, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
+    PERFORM commit_durably();
+    RETURN json_build_object(
+        'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_job.status,
+        'new_status', release_job.status, 'released_at', utc_seconds(v_now), 'reason', release_job.reason);
+END;
+$$;
+REVOKE ALL ON FUNCTION release_job(text, text, text, jsonb) FROM PUBLIC;
+COMMENT ON FUNCTION release_job(text, text, text, jsonb) IS
+    'Lifts the emergency stop of a job, which goes on in the status given; returns the JSON summary, {error, job_id} for an unknown job, '
+    '{error, job_id, status} for one that is not stopped. Raises 55P03 when others hold the job for longer than lock_timeout.';
