@@ -157,7 +157,9 @@ SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that doe
 RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
 LOG_LINES = 2_000  # that wait to be written, at most
 FORCE_HINT = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
-NOT_ENDED_HINT = "The service's database role may not end the sessions in not_ended, so none was ended: see sql/README.md."
+NOT_ENDED_HINT = (
+    "The service's database role may not end the sessions in not_ended, so none was ended: see sql/README.md."
+)
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -614,7 +616,9 @@ def refusal(error: Exception, request: Request) -> HTTPError:
         if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
             return unavailable("database is not ready for this version: see /health/ready", **told)
     text = "".join(traceback.format_exception(error))
-    log_event("error", request_id=request.request_id, sqlstate=getattr(error, "sqlstate", None), traceback=text[-8_000:])
+    log_event(
+        "error", request_id=request.request_id, sqlstate=getattr(error, "sqlstate", None), traceback=text[-8_000:]
+    )
     return HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id, **told)
 
 
@@ -1390,7 +1394,9 @@ class Handler(BaseHTTPRequestHandler):
         if not target or (target[1][:1] not in ("/", "*") and target.start(1) == 0):
             self.send_error(400, "request target cannot be read: expected a path that begins with /")
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
-            self.send_error(400, "Host is missing or cannot be read: expected one name or address, with or without a port")
+            self.send_error(
+                400, "Host is missing or cannot be read: expected one name or address, with or without a port"
+            )
         self.read_length(fields, is_modern)
         self.keep_alive = is_modern and "close" not in fields.get("HTTP_CONNECTION", "").lower()
         self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
