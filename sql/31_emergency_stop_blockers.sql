@@ -8,19 +8,19 @@
 -- It reads who holds what, and waits for nothing. What can hold up a stop: the job's barrier, which whoever starts an
 -- execution shares; the rows of the job and of its active executions; and locks on whole tables.
 
--- sessions_of_part(part, began): the transactions of which this number can be a part, a savepoint that was released or the
+-- sessions_of_part(part, relation, began): the transactions of which this number can be a part, a savepoint that was released or the
 -- block of a function. PostgreSQL knows whose it is, but tells nobody but a session that waits for it.
--- Returns  xid: of each transaction that is older, had begun by then, and has locked rows of the tables; ambiguous:
+-- Returns  xid: of each transaction that is older, had begun by then, and has locked rows of that table; ambiguous:
 --          whether there are several
 -- Raises   nothing of its own
 -- Locks    nothing
-CREATE OR REPLACE FUNCTION sessions_of_part(part xid, began timestamptz)
+CREATE OR REPLACE FUNCTION sessions_of_part(part xid, relation regclass, began timestamptz)
 RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_next CONSTANT bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
-    v_part CONSTANT bigint := v_next - ((v_next - part::text::bigint) & 4294967295);  -- the number without wraparound
+    v_part CONSTANT bigint := v_next + ((part::text::bigint - v_next + 2147483648) & 4294967295) - 2147483648;  -- without wraparound
 BEGIN
     IF pg_xact_status(v_part::text::xid8) IS DISTINCT FROM 'in progress' THEN
         RETURN;
@@ -35,19 +35,19 @@ BEGIN
       AND COALESCE(a.xact_start, p.prepared) <= began IS NOT FALSE
       AND EXISTS (SELECT FROM pg_locks l
                   WHERE l.virtualtransaction = t.virtualtransaction AND l.pid IS NOT DISTINCT FROM t.pid AND l.locktype = 'relation'
-                    AND l.relation IN ('jobs'::regclass, 'executions'::regclass) AND l.mode IN ('RowShareLock', 'RowExclusiveLock'));
+                    AND l.relation = sessions_of_part.relation AND l.mode IN ('RowShareLock', 'RowExclusiveLock'));
 END;
 $$;
-REVOKE ALL ON FUNCTION sessions_of_part(xid, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION sessions_of_part(xid, timestamptz) IS 'The transactions of which this number can be a part, and whether there are several.';
+REVOKE ALL ON FUNCTION sessions_of_part(xid, regclass, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION sessions_of_part(xid, regclass, timestamptz) IS 'The transactions of which this number can be a part, and whether there are several.';
 
 -- running_row_holders(id, began): the transactions that hold the row of a job, or of one of its active executions, against a stop.
--- Returns  xid: the transaction; ambiguous: it may be another one, so that nobody should be ended because of it. That is so
+-- Returns  xid: the transaction; xmax: as the row has it; ambiguous: it may be another one, so that nobody should be ended because of it. That is so
 --          where a number can also mean several transactions at once (a multixact), or be a part of one of several
 -- Raises   read_only_sql_transaction (25006)  as above
 -- Locks    as above
 CREATE OR REPLACE FUNCTION running_row_holders(id text, began timestamptz)
-RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
+RETURNS TABLE (xid xid, xmax xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
@@ -55,7 +55,7 @@ DECLARE
     v_running CONSTANT xid[] := ARRAY(SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted);
     v_free    tid[];
     v_job_is_free boolean;
-    v_xmax    xid;
+    v_row     record;
     v_members xid[];
 BEGIN
     -- A transaction number in xmax does not tell in which mode the row is locked. What can be locked is not held.
@@ -72,27 +72,27 @@ BEGIN
         WHEN lock_not_available THEN  -- a whole table is locked: whoever holds that is known by it
             RETURN;
     END;
-    FOR v_xmax IN
-        SELECT j.xmax FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
+    FOR v_row IN
+        SELECT j.xmax, j.tableoid AS relation FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
         UNION
-        SELECT e.xmax FROM executions e
+        SELECT e.xmax, e.tableoid FROM executions e
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0' AND e.ctid <> ALL (v_free)
     LOOP
         v_members := '{}';
-        IF mxid_age(v_xmax) > 0 THEN  -- it may be the number of a multixact
+        IF mxid_age(v_row.xmax) > 0 THEN  -- it may be the number of a multixact
             BEGIN
-                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_xmax) m WHERE m.mode <> 'keysh');
+                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_row.xmax) m WHERE m.mode <> 'keysh');
             EXCEPTION WHEN invalid_parameter_value OR internal_error THEN  -- it is none, or one that is long gone
             END;
         END IF;
         RETURN QUERY
-            SELECT h.number, v_xmax = ANY (v_running) AND cardinality(v_members) > 0
-            FROM unnest(v_members || v_xmax) AS h (number)
+            SELECT h.number, v_row.xmax, v_row.xmax = ANY (v_running) AND cardinality(v_members) > 0
+            FROM unnest(v_members || v_row.xmax) AS h (number)
             WHERE h.number = ANY (v_running)
             UNION ALL
-            SELECT p.xid, p.ambiguous
-            FROM unnest(v_members || CASE WHEN v_members = '{}' THEN v_xmax END) AS h (number)
-            CROSS JOIN LATERAL sessions_of_part(h.number, began) p
+            SELECT p.xid, v_row.xmax, p.ambiguous
+            FROM unnest(v_members || CASE WHEN v_members = '{}' THEN v_row.xmax END) AS h (number)
+            CROSS JOIN LATERAL sessions_of_part(h.number, v_row.relation, began) p
             WHERE h.number <> ALL (v_running);
     END LOOP;
 END;
@@ -131,25 +131,34 @@ BEGIN
         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
           AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
         GROUP BY l.pid, l.virtualtransaction
-    ), found AS (
-        SELECT b.pid, b.virtualtransaction, false AS ambiguous FROM barrier b
-        UNION
-        SELECT l.pid, l.virtualtransaction, r.ambiguous
+    ), rows AS MATERIALIZED (
+        SELECT l.pid, l.virtualtransaction, r.xmax, r.ambiguous
         FROM running_row_holders(v_key, began) r
         JOIN locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xid
+    ), certain AS MATERIALIZED (
+        SELECT b.pid, b.virtualtransaction FROM barrier b
+        UNION
+        SELECT r.pid, r.virtualtransaction FROM rows r WHERE NOT r.ambiguous
         UNION
         -- Who waits for such a lock is in the way as well: later requests queue behind it.
-        SELECT l.pid, l.virtualtransaction, false
+        SELECT l.pid, l.virtualtransaction
         FROM locks l
         WHERE l.locktype = 'relation' AND l.relation IN ('jobs'::regclass, 'executions'::regclass, 'emergency_stops'::regclass)
           AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    ), found AS (
+        SELECT c.pid, c.virtualtransaction, false AS ambiguous FROM certain c
+        UNION
+        -- Of those who may hold a row, one who is known to hold the job is the one.
+        SELECT r.pid, r.virtualtransaction, true
+        FROM rows r
+        WHERE r.ambiguous AND NOT EXISTS (SELECT FROM rows o JOIN certain c USING (virtualtransaction) WHERE o.xmax = r.xmax)
     )
     SELECT COALESCE(f.pid, 0), COALESCE(p.gid, a.application_name), COALESCE(p.owner, a.usename)::text,
            CASE WHEN f.pid IS NULL THEN 'prepared transaction' ELSE a.state END,
            round(extract(epoch FROM clock_timestamp() - COALESCE(p.prepared, a.xact_start))::numeric, 3), left(a.query, 200),
            COALESCE(p.prepared, a.xact_start),
            -- The rule of pg_terminate_backend.
-           NOT bool_or(f.ambiguous) AND f.pid IS NOT NULL AND (o.rolsuper OR COALESCE(
+           NOT bool_and(f.ambiguous) AND f.pid IS NOT NULL AND (o.rolsuper OR COALESCE(
                NOT r.rolsuper AND (pg_has_role(v_owner, r.oid, 'USAGE') OR pg_has_role(v_owner, 'pg_signal_backend', 'USAGE')), false))
     FROM found f
     JOIN pg_roles o ON o.oid = v_owner
@@ -186,9 +195,10 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'Waits for nothing; tries for a moment to lock rows of the job that others seem to hold.';
 
 -- end_or_name_holders(id, patience, force, problem): what is left to do once a stop has waited for that long.
--- Returns  with force: how many sessions were ended, those whose transactions had begun before the wait; they are gone then
--- Raises   lock_not_available (55P03)  in all other cases, with the holders as JSON in DETAIL; with the message of the
---          error that was met if nobody holds the job
+-- Returns  with force: how many sessions were ended, those whose transactions had begun before the wait; they are gone then.
+--          0 where nobody holds the job any more, and no problem is given
+-- Raises   lock_not_available (55P03)  where others hold the job, with the holders as JSON in DETAIL; where nobody does, with
+--          the problem, the message of the error that was met, and no DETAIL
 -- Locks    as emergency_stop_blockers
 CREATE OR REPLACE FUNCTION end_or_name_holders(id text, patience interval, force boolean, problem text)
 RETURNS int LANGUAGE plpgsql VOLATILE
@@ -218,10 +228,12 @@ BEGIN
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_pids) AS p (pid);  -- waits for its end
         RETURN cardinality(v_pids);
     END IF;
-    IF json_array_length(v_holders) = 0 THEN
+    IF json_array_length(v_holders) = 0 AND problem IS NULL THEN
+        RETURN 0;
+    ELSIF json_array_length(v_holders) = 0 THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %s could not be stopped in %s: %s', quote_literal(id), patience, problem),
-                  DETAIL = '[]', HINT = 'Nobody holds the job now. Try again.';
+                  HINT = 'Nobody holds the job now. Look at the triggers of the tables jobs and executions, or try again.';
     END IF;
     RAISE lock_not_available
         USING MESSAGE = format('job %s is locked', quote_literal(id)),

@@ -1,5 +1,6 @@
 """sql/31_emergency_stop_blockers.sql: who holds a job, at any time; what the stop says of them, and how it ends them."""
 
+import contextlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -285,23 +286,14 @@ def try_to_take(session: psycopg.Connection) -> bool:
 @pytest.fixture
 def weak_owner(db):
     """The functions belong to a role that may neither see nor end the sessions of others."""
-    db.execute("DROP ROLE IF EXISTS beacon_weak_owner")
-    db.execute("CREATE ROLE beacon_weak_owner")
-    ours = """
-        SELECT format('ALTER %s %s OWNER TO ', CASE prokind WHEN 'p' THEN 'PROCEDURE' ELSE 'FUNCTION' END, oid::regprocedure)
-        FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
-           OR pronamespace = 'public'::regnamespace AND proname IN ('to_job_id', 'to_execution_id', 'job_barrier', 'utc_seconds', 'as_object')
-    """
-    tables = [f"ALTER TABLE {name} OWNER TO " for name in ("jobs", "executions", "emergency_stops", "batch_changes")]
-    statements = [row[0] for row in db.execute(ours)] + tables
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        db.execute("CREATE ROLE beacon_weak_owner")
     db.execute("GRANT ALL ON SCHEMA public TO beacon_weak_owner")
-    for statement in statements:
-        db.execute(statement + "beacon_weak_owner")
-    yield
-    for statement in statements:
-        db.execute(statement + "CURRENT_USER")
-    db.execute("DROP OWNED BY beacon_weak_owner")
-    db.execute("DROP ROLE beacon_weak_owner")
+    functions = db.execute("SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace").fetchall()
+    for function in functions:
+        db.execute(f"ALTER FUNCTION {function[0]} OWNER TO beacon_weak_owner")
+    for table in ("jobs", "executions", "emergency_stops", "batch_changes"):
+        db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
 
 
 def test_a_session_that_may_not_be_ended_is_named_and_none_is_ended(db, make_job, hold, locked, weak_owner):
