@@ -91,7 +91,7 @@ BEGIN
     IF v_faults <> '{}' THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = v_faults[1],
-                  DETAIL = NULLIF(array_to_string(v_faults[2:], E'\n'), ''),
+                  DETAIL = array_to_string(v_faults, E'\n'),
                   HINT = 'Nothing was installed or changed.';
     END IF;
 END;

@@ -99,7 +99,7 @@ def test_install_sql_includes_each_file_in_order():
 
 def test_files_of_plain_ascii_sql():
     """psql, psycopg and pytest-postgresql load the same bytes: no backslash commands, no transactions of their own."""
-    for file in [*beacon_stop.sql_files(), UNINSTALL, ROOT / "sql" / "plproxy" / "router.sql"]:
+    for file in [*beacon_stop.sql_files(), UNINSTALL]:
         assert file.read_text().isascii(), "of any encoding that a client or a server may have"
         lines = file.read_text().splitlines()
         assert not [line for line in lines if line.startswith("\\")], file.name
