@@ -50,10 +50,11 @@ def install(url: str, **environment: str) -> tuple[list[str], list[str]]:
 def everything(db: psycopg.Connection) -> list[tuple]:
     """All objects of the schema with what defines them."""
     return db.execute("""
-        SELECT 'column', c.table_name || '.' || c.column_name, c.data_type || COALESCE(c.column_default, '') || c.is_nullable
+        SELECT 'column', c.table_name || '.' || c.column_name, concat(c.data_type, c.column_default, c.is_nullable)
         FROM information_schema.columns c WHERE c.table_schema = 'public'
         UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
-        UNION ALL SELECT 'trigger', t.tgname, pg_get_triggerdef(t.oid) || t.tgenabled::text FROM pg_trigger t WHERE NOT t.tgisinternal
+        UNION ALL SELECT 'trigger', t.tgname, pg_get_triggerdef(t.oid) || t.tgenabled::text
+                  FROM pg_trigger t WHERE NOT t.tgisinternal
         UNION ALL SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint
                   WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
         UNION ALL SELECT 'function', oid::regprocedure::text, pg_get_functiondef(oid) || proacl::text
@@ -154,7 +155,10 @@ def test_installing_again_locks_no_table(db, connect, owner_url, make_job):
     worker.commit()
 
 
-UPDATE_JOB, UPDATE_EXECUTION = "UPDATE jobs SET updated_at = now() WHERE id = %s", "UPDATE executions SET output = NULL WHERE job_id = %s"
+UPDATE_JOB, UPDATE_EXECUTION = (
+    "UPDATE jobs SET updated_at = now() WHERE id = %s",
+    "UPDATE executions SET output = NULL WHERE job_id = %s",
+)
 WORKERS = {
     "job first": [UPDATE_JOB, UPDATE_EXECUTION],
     "execution first": [UPDATE_EXECUTION, UPDATE_JOB],
@@ -199,7 +203,11 @@ def test_an_upgrade_waits_for_a_transaction_of_any_lock_order_without_a_deadlock
         worker.execute(first, ("new",))
 
         with in_thread(install, bare_url):
-            wait_until(lambda: bare.execute("SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted").fetchall())
+            wait_until(
+                lambda: bare.execute(
+                    "SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted"
+                ).fetchall()
+            )
             worker.execute(second, ("new",))
             worker.commit()
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone()[0] in ("1", "2")
@@ -244,13 +252,25 @@ def test_tables_that_are_never_free_are_named_with_who_uses_them(bare, bare_url)
 
 def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
     bare.execute(VERSION_1)
-    stops = bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall()
+    stops = bare.execute(
+        "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
+    ).fetchall()
 
     said, _ = install(bare_url)
-    assert {"function emergency_stop_end_blockers(text): dropped", "index executions_job_id_active_idx of version 1.0: dropped"} < set(said)
+    assert {
+        "function emergency_stop_end_blockers(text): dropped",
+        "index executions_job_id_active_idx of version 1.0: dropped",
+    } < set(said)
     assert everything(bare) == without_grants(db)
-    assert bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall() == stops
-    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [("stop", None, 0, None)]
+    assert (
+        bare.execute(
+            "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
+        ).fetchall()
+        == stops
+    )
+    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [
+        ("stop", None, 0, None)
+    ]
     assert bare.execute("SELECT emergency_stop_job('old')->>'action'").fetchone() == ("none",)
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone() == ("1",)
 
@@ -258,14 +278,15 @@ def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_record
 def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
     """A service that could pull the brake before must not find itself without."""
     bare.execute(VERSION_1)
-    bare.execute("GRANT EXECUTE ON FUNCTION emergency_stop_job, emergency_stop_blockers, emergency_stop_jobs, list_executions, get_job"
-                 " TO beacon_service")  # fmt: skip
+    names = ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
+    bare.execute(f"GRANT EXECUTE ON FUNCTION {', '.join(names)} TO beacon_service")
 
     install(bare_url)
     may = bare.execute("""
         SELECT p.proname FROM pg_proc p
-        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') ORDER BY 1""")
-    assert [name for (name,) in may] == ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')
+        ORDER BY 1""")
+    assert [name for (name,) in may] == names
 
 
 def test_what_is_switched_off_is_switched_on(db, owner_url):
@@ -322,11 +343,14 @@ def test_states_in_the_statistics_are_warned_of_once(db, owner_url, make_job):
     make_job(queued=50, running=50)
     db.execute("ANALYZE executions")
 
-    assert install(owner_url)[1] == ["executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"]
+    assert install(owner_url)[1] == [
+        "executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"
+    ]
 
 
 def test_no_foreign_key_is_warned_of(bare, bare_url):
-    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, job_id text, status text)")
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text)")
+    bare.execute("CREATE TABLE executions (id bigint, job_id text, status text)")
 
     assert install(bare_url)[1] == [
         "no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist"
@@ -376,7 +400,9 @@ def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
     """Version 1.0 let that be found in the emergency, as an internal error."""
     check = "CONSTRAINT states CHECK (status IN ('pending', 'processing', 'completed'))"
     bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text {check if table == 'jobs' else ''})")
-    bare.execute(f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})")
+    bare.execute(
+        f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})"
+    )
     before = everything(bare)
 
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
@@ -405,20 +431,28 @@ def test_any_schema_of_the_search_path(bare, bare_url):
     options = {"PGOPTIONS": '-csearch_path="Odd,\\ schema",public'}
 
     install(bare_url, **options)
-    bare.execute("SET search_path = \"Odd, schema\"; INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a')")
+    bare.execute('SET search_path = "Odd, schema"')
+    bare.execute("INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a')")
     bare.execute("SET search_path = public")
     assert bare.execute('SELECT "Odd, schema".emergency_stop_job(%s)', ("a",)).fetchone()[0]["executions_stopped"] == 1
     assert install(bare_url, **options)[0][-1] == "columns, indexes, triggers: all there already"
     assert run_psql(bare_url, "-f", UNINSTALL, **options).returncode == 0
-    assert bare.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace").fetchone() == (0,)
+    assert bare.execute(
+        "SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace"
+    ).fetchone() == (0,)
 
 
 @pytest.mark.parametrize("tool", ["psql", "psycopg"])
 def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_url, make_job, stop, tool):
     stop(make_job("stopped", running=3))
     make_job("goes-on", running=1)
-    counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
-    before, columns = db.execute(counts).fetchone(), [row for row in everything(db) if row[0] in ("column", "constraint")]
+    counts = (
+        "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
+    )
+    before, columns = (
+        db.execute(counts).fetchone(),
+        [row for row in everything(db) if row[0] in ("column", "constraint")],
+    )
 
     for _ in range(2):
         if tool == "psql":
@@ -429,8 +463,8 @@ def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_
         left = everything(db)
         assert [row for row in left if row[0] in ("trigger", "function")] == []
         assert {name for kind, name, _ in left if kind == "index"} == {
-            "jobs_pkey", "executions_pkey", "emergency_stops_pkey", "emergency_stops_job_id_id_idx", "batch_changes_pkey",
-            "batch_changes_job_id_idx",
+            "jobs_pkey", "executions_pkey", "emergency_stops_pkey", "batch_changes_pkey",
+            "emergency_stops_job_id_id_idx", "batch_changes_job_id_idx",
         }  # fmt: skip
     assert [row for row in left if row[0] in ("column", "constraint")] == columns
     assert db.execute(counts).fetchone() == before
@@ -462,5 +496,11 @@ def test_psql_alone_installs_stops_and_says_what_was_stopped(bare_url):
     install(bare_url)
     query = "SELECT emergency_stop_job('a')->>'executions_stopped'"
 
-    run_psql(bare_url, "-c", "INSERT INTO jobs (id) VALUES ('a')", "-c", "INSERT INTO executions (job_id) VALUES ('a'), ('a')")
+    run_psql(
+        bare_url,
+        "-c",
+        "INSERT INTO jobs (id) VALUES ('a')",
+        "-c",
+        "INSERT INTO executions (job_id) VALUES ('a'), ('a')",
+    )
     assert run_psql(bare_url, "-At", "-c", query).stdout == "2\n"

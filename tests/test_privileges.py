@@ -27,7 +27,7 @@ FUNCTIONS = """
            has_function_privilege('beacon_service', p.oid, 'EXECUTE') AS is_service,
            p.prorettype = 'trigger'::regtype AS is_trigger, obj_description(p.oid, 'pg_proc') AS comment
     FROM pg_proc p
-    WHERE p.pronamespace = 'public'::regnamespace AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+    WHERE p.pronamespace = 'public'::regnamespace
     ORDER BY 1"""
 
 
@@ -74,8 +74,10 @@ def test_every_function_is_closed_to_public_with_a_pinned_path_and_a_comment(fun
 
 
 def test_what_others_call_and_what_guards_runs_with_its_owners_rights_and_nothing_else_does(functions):
-    """A helper with its owner's rights would be one more door; the record's own trigger has to see who really writes."""
-    expected = {*CALLS, "confirm_stopped", "admit_execution", *(f.name for f in functions if f.is_trigger)} - {"keep_append_only"}
+    """A helper with its owner's rights would be one more door. The records' trigger has to see who really writes."""
+    expected = {*CALLS, "confirm_stopped", "admit_execution", *(f.name for f in functions if f.is_trigger)} - {
+        "keep_append_only"
+    }
     assert {f.name for f in functions if f.is_definer} == expected
 
 
@@ -106,11 +108,15 @@ def test_plpgsql_check_finds_nothing_where_the_server_has_it(db):
     checked = db.execute("""
         SELECT p.oid::regprocedure::text, ARRAY(
             SELECT checks.plpgsql_check_function(
-                p.oid, COALESCE(t.tgrelid, 0), oldtable => t.tgoldtable, newtable => t.tgnewtable, all_warnings => true))
+                p.oid, COALESCE(t.tgrelid, 0), oldtable => t.tgoldtable, newtable => t.tgnewtable,
+                all_warnings => true))
         FROM pg_proc p
         LEFT JOIN pg_trigger t ON t.tgfoid = p.oid
-        WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT l.oid FROM pg_language l WHERE l.lanname = 'plpgsql')
+        JOIN pg_language l ON l.oid = p.prolang AND l.lanname = 'plpgsql'
+        WHERE p.pronamespace = 'public'::regnamespace
         ORDER BY 1""").fetchall()
 
-    assert {"guard_inserted_executions()", "keep_append_only()", "get_job(text)"} < {signature for signature, _ in checked}
+    assert {"guard_inserted_executions()", "keep_append_only()", "get_job(text)"} < {
+        signature for signature, _ in checked
+    }
     assert [(signature, findings) for signature, findings in checked if findings] == []
