@@ -1,10 +1,11 @@
 -- What an installation has to change, and the lock under which it does so. Nobody but the owner may call these.
 
 -- lock_all_tables(): takes all of our tables alone, or none of them.
--- Workers lock the tables in either order: whoever keeps one of them while waiting for another is in a deadlock with
--- some of them. So it waits in short slices, and lets go of all of them after each slice that was not enough.
+-- Workers lock jobs and executions in either order: whoever keeps one of them and waits for the other is in a deadlock
+-- with some of them. So each wait is short, and all is let go of after one that was not enough. The moment at which no
+-- worker is between the two is found by trying often, at times that nothing follows.
 -- Returns  nothing
--- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or 10 s where that is 0
+-- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    jobs, executions, emergency_stops and batch_changes, as many as there are, in ACCESS EXCLUSIVE mode
 CREATE OR REPLACE FUNCTION lock_all_tables()
 RETURNS void LANGUAGE plpgsql VOLATILE
@@ -12,8 +13,8 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     CONSTANT timestamptz := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
-    v_slice        int := 100;  -- milliseconds
+    v_deadline     CONSTANT timestamptz := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '1min' ELSE v_lock_timeout END::interval;
+    v_first_wait   numeric := 100;  -- milliseconds; the longer, the longer the transactions that it can wait for
     v_table        text;
     v_tables       text[] := ARRAY(
         SELECT t.name
@@ -23,10 +24,11 @@ DECLARE
 BEGIN
     LOOP
         BEGIN
-            PERFORM set_config('lock_timeout', v_slice || 'ms', true);
+            PERFORM set_config('lock_timeout', v_first_wait || 'ms', true);
             FOREACH v_table IN ARRAY v_tables LOOP
                 EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', v_table);
-                PERFORM set_config('lock_timeout', v_slice / 5 || 'ms', true);
+                -- Mostly a few milliseconds, and sometimes as long as one may hold up workers of both kinds.
+                PERFORM set_config('lock_timeout', 1 + 300 * random() ^ 4 || 'ms', true);
             END LOOP;
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
@@ -40,10 +42,11 @@ BEGIN
                               WHERE l.granted AND l.relation IN (SELECT to_regclass(t.name) FROM unnest(v_tables) AS t (name))),
                           HINT = 'Wait for their transactions or end them, or set a longer lock_timeout; then try again.';
             END IF;
-            -- The next slice is longer, for transactions that take longer, and begins with the table that could not be had.
-            v_slice := least(v_slice * 2, 1600);
+            IF v_table = v_tables[1] THEN
+                v_first_wait := least(v_first_wait * 2, 1600);
+            END IF;
             v_tables := v_table || array_remove(v_tables, v_table);
-            PERFORM pg_sleep(0.05);
+            PERFORM pg_sleep(0.01 * random());
         END;
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
@@ -80,7 +83,7 @@ AS $$
             ON f.name = p.proname
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
         JOIN pg_type t ON t.oid = a.atttypid
-        WHERE p.pronamespace = current_schema()::regnamespace
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
           AND CASE p.proname WHEN 'confirm_stopped' THEN p.proargtypes[0] <> t.typarray ELSE p.prorettype <> t.oid END
     )
     SELECT format('function %s: dropped', o.signature), format('DROP FUNCTION %s CASCADE', to_regprocedure(o.signature))
@@ -135,7 +138,7 @@ AS $$
         ('emergency_stops_job_id_id_idx', 'emergency_stops', false, '{job_id,id}', '(job_id, id)'),
         ('batch_changes_job_id_idx', 'batch_changes', false, '{job_id}', '(job_id)')
     ) AS w (index_name, table_name, is_partial, keys, definition)
-    LEFT JOIN pg_class m ON m.relname = w.index_name AND m.relnamespace = current_schema()::regnamespace
+    LEFT JOIN pg_class m ON m.relname = w.index_name AND m.relnamespace = quote_ident(current_schema())::regnamespace
     WHERE NOT EXISTS (
         SELECT
         FROM pg_index i

@@ -67,7 +67,7 @@ BEGIN
     PERFORM set_config('beacon_stop.rights', (
         SELECT COALESCE(jsonb_agg(DISTINCT jsonb_build_object('function', p.proname, 'role', g.grantee)), '[]')::text
         FROM pg_proc p, aclexplode(p.proacl) AS g
-        WHERE p.pronamespace = current_schema()::regnamespace AND g.grantee NOT IN (0, p.proowner)
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace AND g.grantee NOT IN (0, p.proowner)
           AND 'search_path=' || current_setting('search_path') = ANY (p.proconfig)), true);
     FOR v_step IN SELECT * FROM installation_steps() LOOP
         IF v_step.statement IS NOT NULL THEN

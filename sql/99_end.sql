@@ -10,7 +10,7 @@ BEGIN
     FOR v_right IN
         SELECT p.oid::regprocedure AS function, r.role::oid::regrole AS role
         FROM jsonb_to_recordset(current_setting('beacon_stop.rights')::jsonb) AS r (function text, role oid)
-        JOIN pg_proc p ON p.proname = r.function AND p.pronamespace = current_schema()::regnamespace
+        JOIN pg_proc p ON p.proname = r.function AND p.pronamespace = quote_ident(current_schema())::regnamespace
         WHERE 'search_path=' || current_setting('search_path') = ANY (p.proconfig)
           AND NOT has_function_privilege(r.role, p.oid, 'EXECUTE')
     LOOP

@@ -6,7 +6,7 @@
 
 DO $$
 DECLARE
-    v_schema CONSTANT regnamespace := current_schema()::regnamespace;
+    v_schema CONSTANT regnamespace := quote_ident(current_schema())::regnamespace;
     v_drop   text;
     v_count  int := 0;
 BEGIN
@@ -25,7 +25,7 @@ BEGIN
         UNION ALL
         SELECT format('DROP INDEX %I', i.indexname)
         FROM pg_indexes i
-        WHERE i.schemaname = v_schema::name AND i.tablename IN ('jobs', 'executions')
+        WHERE i.schemaname = current_schema() AND i.tablename IN ('jobs', 'executions')
           AND i.indexname IN ('executions_job_id_unfinished_idx', 'executions_job_id_active_idx', 'executions_job_id_id_idx',
                               'jobs_updated_at_ongoing_idx', 'jobs_updated_at_unfinished_idx', 'jobs_updated_at_failed_idx')
         UNION ALL
