@@ -197,6 +197,26 @@ def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_
     assert faults() == []
 
 
+def test_a_helper_of_another_owner_is_named(db, faults, weak_owner):
+    """As after an upgrade by a superuser of what another role has installed."""
+    db.execute("ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
+
+    (fault,) = faults()
+    assert fault.startswith("role beacon_weak_owner, which owns emergency_stop_job, may not execute function fail_job(")
+
+
+def test_what_a_superuser_installs_over_it_again_is_still_known(db, owner_url, faults, weak_owner):
+    db.execute("GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
+    for table in ("emergency_stops", "batch_changes"):  # to which installing leaves nobody but its owner the right to add rows
+        db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
+    beacon_stop.init_db(owner_url)
+    assert faults() == []
+
+    db.execute("ALTER FUNCTION emergency_stop_job RENAME TO another")
+    assert faults() == ["function emergency_stop_job(text,text,boolean,jsonb) is missing"]
+    db.execute("ALTER FUNCTION another RENAME TO emergency_stop_job")
+
+
 def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner):
     db.execute("REVOKE UPDATE ON executions FROM beacon_weak_owner")
 
