@@ -35,12 +35,6 @@ from pytest_postgresql import factories
 
 import beacon_stop
 
-# Before anything imports the embedded PostgreSQL, which takes its lock where it finds itself then; else in one file in /tmp,
-# which belongs to the user who came first.
-runtime = TemporaryDirectory(prefix="beacon-test-")
-(Path(runtime.name) / "python_PostgresServer").mkdir()
-os.environ["XDG_RUNTIME_DIR"] = runtime.name
-
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-that-only-operators-have"
 SERVICE_PASSWORD = "service-password-in-tests"
