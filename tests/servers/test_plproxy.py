@@ -400,6 +400,50 @@ def test_40_callers_at_once(shards, service):
     assert sorted(answer.json["job_id"] for answer in answers if "executions_stopped" in answer.json) == jobs
 
 
+def test_stops_share_no_transaction_over_shards(shards, service):
+    """They would wait for the slowest shard; and what one shard has committed would be done twice if another one fails."""
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(60)]
+    for shard in shards.shards:
+        shard.execute("ALTER TABLE emergency_stops ADD transaction xid8 DEFAULT pg_current_xact_id()")
+
+    with ThreadPoolExecutor(30) as callers:
+        answers = list(callers.map(service.stop, jobs))
+    assert {answer.json["message"] for answer in answers} == {"Job emergency stopped"}
+    for shard in shards.shards:
+        stops, transactions = shard.execute("SELECT count(*), count(DISTINCT transaction) FROM emergency_stops").fetchone()
+        assert stops == transactions > 20
+
+
+def test_several_jobs_over_http(shards, service):
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
+    body = json.dumps({"job_ids": [*jobs, "nix"], "actor": "ann"}).encode()
+
+    answer = service("POST", "/admin/emergency-stop", body, **{"X-Admin-Token": TOKEN})
+    assert [result["job_id"] for result in answer.json["results"]] == [*jobs, "nix"]
+    assert {key: answer.json[key] for key in ("stopped", "already_terminal", "not_found", "locked")} == {
+        "stopped": 8, "already_terminal": 0, "not_found": 1, "locked": 0,
+    }  # fmt: skip
+
+
+def test_the_other_routes_on_a_front(shards, service):
+    job_id = shards.make_job("job", running=1)
+    token = {"X-Admin-Token": TOKEN}
+    assert service("GET", "/health/ready").status == 200
+    assert service.stop(job_id, b'{"dry_run": true}').json["dry_run"]
+    assert service.stop(job_id, b'{"actor": "ann"}').json["executions_stopped"] == 1
+
+    status = service("GET", f"/admin/jobs/{job_id}/emergency-stop", **token)
+    assert (status.json["stopped"], status.json["history"][0]["actor"]) == (True, "ann")
+    released = service("POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token)
+    assert (released.status, released.json["new_status"]) == (200, "pending")
+    released = service("POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token)
+    assert (released.status, released.json["error"]) == (409, "job is not stopped")
+    assert service("GET", "/admin/runaways", **token).json["jobs"][0]["job_id"] == job_id
+    shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
+    ready = service("GET", "/health/ready")
+    assert (ready.status, ready.json["faults"]) == (503, ["shard p1: trigger guard_updated_job on table jobs is disabled"])
+
+
 def test_who_holds_a_job_on_its_shard_is_named_and_ended_and_nobody_else(shards, service):
     job_id = shards.make_job("job", running=2)
     with (
