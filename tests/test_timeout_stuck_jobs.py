@@ -628,6 +628,18 @@ def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
     assert executions < 30_000
 
 
+def test_of_a_job_that_goes_on_its_latest_executions_are_read_and_not_its_history(connect, db, make_job):
+    job_id = make_job(completed=5_000)
+    age(db, 60, job_id)
+    db.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'completed')", (job_id,))
+    db.execute("ANALYZE executions")
+
+    batch = connect(autocommit=False)
+    assert batch.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 0
+    reads = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+    assert batch.execute(reads).fetchone() == (0, 1)
+
+
 # --- Over HTTP ---
 
 
