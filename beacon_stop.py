@@ -107,6 +107,11 @@ FUNCTIONS = [
     "repair_stuck_jobs(interval,integer)",
 ]
 GROUP_FUNCTION = "emergency_stop_jobs(text[],text,jsonb,boolean,interval)"  # single stops can do without
+# On a PL/Proxy front such a group would not be one transaction, and as slow as its slowest shard.
+CAN_GROUP = """
+    SELECT has_function_privilege(to_regprocedure(%s), 'EXECUTE')
+           AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
+"""
 
 
 class Route(NamedTuple):
@@ -764,7 +769,7 @@ class Database:
             (f"{self.settings.lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
         )
         if name == "group":
-            self.has_group_function = not connection.execute(MISSING_FUNCTIONS, ([GROUP_FUNCTION],)).fetchone()
+            self.has_group_function = connection.execute(CAN_GROUP, (GROUP_FUNCTION,)).fetchone() == (True,)
 
     @property
     def can_group(self) -> bool:
