@@ -9,24 +9,24 @@ DECLARE
     v_function record;
 BEGIN
     FOR v_function IN
-        SELECT f.name, a.atttypid::regtype AS id_type, a.atttypid IN ('text'::regtype, 'varchar'::regtype) AS holds_any_text
+        SELECT f.name, f.table_name, a.atttypid::regtype AS id_type
         FROM (VALUES ('to_job_id', 'jobs'), ('to_execution_id', 'executions')) AS f (name, table_name)
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
     LOOP
-        IF v_function.holds_any_text THEN
-            EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE sql STABLE SET search_path FROM CURRENT
-                            AS ''SELECT id''', v_function.name, v_function.id_type);
-        ELSE
-            EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql STABLE SET search_path FROM CURRENT
-                            AS ''BEGIN
-                                     RETURN id;
-                                 EXCEPTION WHEN invalid_text_representation OR numeric_value_out_of_range THEN
-                                     RETURN NULL;
-                                 END''', v_function.name, v_function.id_type);
-        END IF;
+        EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS %L',
+                       v_function.name, v_function.id_type,
+                       CASE WHEN v_function.id_type = 'text'::regtype THEN 'BEGIN RETURN id; END' ELSE format('
+DECLARE
+    v_id %I.id%%TYPE;
+BEGIN
+    v_id := id;
+    RETURN v_id;
+EXCEPTION WHEN invalid_text_representation OR numeric_value_out_of_range OR string_data_right_truncation THEN
+    RETURN NULL;
+END', v_function.table_name) END);
         EXECUTE format('REVOKE ALL ON FUNCTION %I(text) FROM PUBLIC', v_function.name);
-        EXECUTE format('COMMENT ON FUNCTION %I(text) IS ''The id in the type of its column, or NULL where that cannot hold it.''',
-                       v_function.name);
+        EXECUTE format('COMMENT ON FUNCTION %I(text) IS %L', v_function.name,
+                       'The id in the type of its column, or NULL where that cannot hold it.');
     END LOOP;
 END;
 $$;

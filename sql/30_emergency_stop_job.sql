@@ -190,7 +190,8 @@ AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(fail_job.id);
     v_mark    CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
-    v_updated bigint;
+    v_updated  bigint;
+    v_unmarked bigint := 0;  -- executions whose mark a trigger has taken away
     v_job     record;
 BEGIN
     executions_stopped := 0;
@@ -222,13 +223,20 @@ BEGIN
     END LOOP;
     PERFORM set_config('beacon_stop.stopping', '', true);
 
+    -- Triggers of the application's that fire before ours may have taken marks away. Without any, nothing is looked through.
+    IF EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = 'executions'::regclass AND NOT t.tgisinternal AND t.tgtype & 18 = 18) THEN
+        SELECT count(*) INTO v_unmarked
+        FROM executions e
+        WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = fail_job.at
+          AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE;
+    END IF;
     SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS marked INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF left_alone ?| '{pending,running,processing}' OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.marked) IS NOT TRUE THEN
+    IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}' OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.marked) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
             USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
                                    quote_literal(fail_job.id)),
-                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s.',
-                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.marked, false), COALESCE(left_alone::text, 'none')),
+                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. Executions without the mark: %s.',
+                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
                   HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), and disable the one that does it.';
     END IF;
 END;
@@ -391,6 +399,7 @@ DECLARE
     v_wait         interval := '5ms';
     v_attempt      int := 1;
     v_ended        int;  -- sessions, once force has been used
+    v_gone         int;
     v_problem      text;
     v_stop         record;
 BEGIN
@@ -420,8 +429,13 @@ BEGIN
         v_attempt := v_attempt + 1;
         CONTINUE WHEN v_barred AND v_wait > '0';
 
-        v_ended := end_or_name_holders(id, v_patience, force AND v_ended IS NULL, v_problem);
-        v_deadline := clock_timestamp() + v_patience;
+        v_gone := end_or_name_holders(id, v_patience, force AND v_ended IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
+        IF v_gone = 0 THEN  -- nobody holds it any more: one last try
+            v_deadline := clock_timestamp() + '100ms';
+        ELSE
+            v_ended := v_gone;
+            v_deadline := clock_timestamp() + v_patience;
+        END IF;
         v_wait := '20ms';
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);

@@ -8,30 +8,63 @@
 -- It reads who holds what, and waits for nothing. What can hold up a stop: the job's barrier, which whoever starts an
 -- execution shares; the rows of the job and of its active executions; and locks on whole tables.
 
--- running_row_holders(id): the transactions that hold the row of a job, or of one of its active executions, against a stop.
--- Returns  xid: the transaction, or a part of it; ambiguous: the number may also mean several transactions at once (a
---          multixact), so that nobody should be ended because of it
+-- sessions_of_part(part, relation, began): the transactions of which this number can be a part, a savepoint that was released or the
+-- block of a function. PostgreSQL knows whose it is, but tells nobody but a session that waits for it.
+-- Returns  xid: of each transaction that is older, had begun by then, and has locked rows of that table; ambiguous:
+--          whether there are several
+-- Raises   nothing of its own
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION sessions_of_part(part xid, relation regclass, began timestamptz)
+RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_next CONSTANT bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+    v_part CONSTANT bigint := v_next + ((part::text::bigint - v_next + 2147483648) & 4294967295) - 2147483648;  -- without wraparound
+BEGIN
+    IF pg_xact_status(v_part::text::xid8) IS DISTINCT FROM 'in progress' THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT t.transactionid, count(*) OVER () > 1
+    FROM pg_locks t
+    LEFT JOIN pg_stat_activity a ON a.pid = t.pid
+    LEFT JOIN pg_prepared_xacts p ON t.pid IS NULL AND p.transaction = t.transactionid
+    WHERE t.locktype = 'transactionid' AND t.granted AND t.pid IS DISTINCT FROM pg_backend_pid() AND age(t.transactionid) > age(part)
+      AND (a.backend_xid = t.transactionid OR p.transaction IS NOT NULL)
+      AND COALESCE(a.xact_start, p.prepared) <= began IS NOT FALSE
+      AND EXISTS (SELECT FROM pg_locks l
+                  WHERE l.virtualtransaction = t.virtualtransaction AND l.pid IS NOT DISTINCT FROM t.pid AND l.locktype = 'relation'
+                    AND l.relation = sessions_of_part.relation AND l.mode IN ('RowShareLock', 'RowExclusiveLock'));
+END;
+$$;
+REVOKE ALL ON FUNCTION sessions_of_part(xid, regclass, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION sessions_of_part(xid, regclass, timestamptz) IS 'The transactions of which this number can be a part, and whether there are several.';
+
+-- running_row_holders(id, began): the transactions that hold the row of a job, or of one of its active executions, against a stop.
+-- Returns  xid: the transaction; xmax: as the row has it; ambiguous: it may be another one, so that nobody should be ended because of it. That is so
+--          where a number can also mean several transactions at once (a multixact), or be a part of one of several
 -- Raises   read_only_sql_transaction (25006)  as above
 -- Locks    as above
-CREATE OR REPLACE FUNCTION running_row_holders(id text)
-RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
+CREATE OR REPLACE FUNCTION running_row_holders(id text, began timestamptz)
+RETURNS TABLE (xid xid, xmax xid, ambiguous boolean) LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(running_row_holders.id);
     v_running CONSTANT xid[] := ARRAY(SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted);
-    v_xmax    xid;
     v_free    tid[];
     v_job_is_free boolean;
+    v_row     record;
     v_members xid[];
 BEGIN
     -- A transaction number in xmax does not tell in which mode the row is locked. What can be locked is not held.
     BEGIN
         PERFORM limit_lock_wait('10ms');
         v_job_is_free := EXISTS (SELECT FROM (
-            SELECT FROM jobs j WHERE j.id = v_id AND j.xmax = ANY (v_running) FOR NO KEY UPDATE SKIP LOCKED) f);
+            SELECT FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' FOR NO KEY UPDATE SKIP LOCKED) f);
         v_free := ARRAY(SELECT e.ctid FROM executions e
-                        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax = ANY (v_running)
+                        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0'
                         FOR NO KEY UPDATE SKIP LOCKED);
         RAISE triggered_action_exception;
     EXCEPTION
@@ -39,35 +72,40 @@ BEGIN
         WHEN lock_not_available THEN  -- a whole table is locked: whoever holds that is known by it
             RETURN;
     END;
-    FOR v_xmax IN
-        SELECT j.xmax FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
+    FOR v_row IN
+        SELECT j.xmax, j.tableoid AS relation FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' AND NOT v_job_is_free
         UNION
-        SELECT e.xmax FROM executions e
+        SELECT e.xmax, e.tableoid FROM executions e
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0' AND e.ctid <> ALL (v_free)
     LOOP
         v_members := '{}';
-        IF mxid_age(v_xmax) > 0 THEN  -- it may be the number of a multixact
+        IF mxid_age(v_row.xmax) > 0 THEN  -- it may be the number of a multixact
             BEGIN
-                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_xmax) m
-                                   WHERE m.mode <> 'keysh' AND m.xid = ANY (v_running));
+                v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_row.xmax) m WHERE m.mode <> 'keysh');
             EXCEPTION WHEN invalid_parameter_value OR internal_error THEN  -- it is none, or one that is long gone
             END;
         END IF;
         RETURN QUERY
-            SELECT m.member, v_xmax = ANY (v_running) FROM unnest(v_members) AS m (member)
+            SELECT h.number, v_row.xmax, v_row.xmax = ANY (v_running) AND cardinality(v_members) > 0
+            FROM unnest(v_members || v_row.xmax) AS h (number)
+            WHERE h.number = ANY (v_running)
             UNION ALL
-            SELECT v_xmax, cardinality(v_members) > 0 WHERE v_xmax = ANY (v_running);
+            SELECT p.xid, v_row.xmax, p.ambiguous
+            FROM unnest(v_members || CASE WHEN v_members = '{}' THEN v_row.xmax END) AS h (number)
+            CROSS JOIN LATERAL sessions_of_part(h.number, v_row.relation, began) p
+            WHERE h.number <> ALL (v_running);
     END LOOP;
 END;
 $$;
-REVOKE ALL ON FUNCTION running_row_holders(text) FROM PUBLIC;
-COMMENT ON FUNCTION running_row_holders(text) IS 'The transactions that hold rows of this job against a stop, and whether that is ambiguous.';
+REVOKE ALL ON FUNCTION running_row_holders(text, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION running_row_holders(text, timestamptz) IS 'The transactions that hold rows of this job against a stop, and whether that is ambiguous.';
 
--- job_holders(id): as emergency_stop_blockers, and what has to be known before a session is ended.
+-- job_holders(id, began): as emergency_stop_blockers, and what has to be known before a session is ended. Where several
+-- transactions may hold a row, only those count that had begun by then.
 -- Returns  the same columns; and since: when its transaction began, NULL if it has none or that is not to be seen;
 --          may_be_ended: whether the owner of these functions may end it, and it is beyond doubt that it holds the job
 -- Raises, Locks  as emergency_stop_blockers
-CREATE OR REPLACE FUNCTION job_holders(id text)
+CREATE OR REPLACE FUNCTION job_holders(id text, began timestamptz)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
                since timestamptz, may_be_ended boolean)
 LANGUAGE plpgsql VOLATILE
@@ -93,25 +131,34 @@ BEGIN
         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
           AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
         GROUP BY l.pid, l.virtualtransaction
-    ), found AS (
-        SELECT b.pid, b.virtualtransaction, false AS ambiguous FROM barrier b
-        UNION
-        SELECT l.pid, l.virtualtransaction, r.ambiguous
-        FROM running_row_holders(v_key) r
+    ), rows AS MATERIALIZED (
+        SELECT l.pid, l.virtualtransaction, r.xmax, r.ambiguous
+        FROM running_row_holders(v_key, began) r
         JOIN locks l ON l.locktype = 'transactionid' AND l.granted AND l.transactionid = r.xid
+    ), certain AS MATERIALIZED (
+        SELECT b.pid, b.virtualtransaction FROM barrier b
+        UNION
+        SELECT r.pid, r.virtualtransaction FROM rows r WHERE NOT r.ambiguous
         UNION
         -- Who waits for such a lock is in the way as well: later requests queue behind it.
-        SELECT l.pid, l.virtualtransaction, false
+        SELECT l.pid, l.virtualtransaction
         FROM locks l
         WHERE l.locktype = 'relation' AND l.relation IN ('jobs'::regclass, 'executions'::regclass, 'emergency_stops'::regclass)
           AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    ), found AS (
+        SELECT c.pid, c.virtualtransaction, false AS ambiguous FROM certain c
+        UNION
+        -- Of those who may hold a row, one who is known to hold the job is the one.
+        SELECT r.pid, r.virtualtransaction, true
+        FROM rows r
+        WHERE r.ambiguous AND NOT EXISTS (SELECT FROM rows o JOIN certain c USING (virtualtransaction) WHERE o.xmax = r.xmax)
     )
     SELECT COALESCE(f.pid, 0), COALESCE(p.gid, a.application_name), COALESCE(p.owner, a.usename)::text,
            CASE WHEN f.pid IS NULL THEN 'prepared transaction' ELSE a.state END,
            round(extract(epoch FROM clock_timestamp() - COALESCE(p.prepared, a.xact_start))::numeric, 3), left(a.query, 200),
            COALESCE(p.prepared, a.xact_start),
            -- The rule of pg_terminate_backend.
-           NOT bool_or(f.ambiguous) AND f.pid IS NOT NULL AND (o.rolsuper OR COALESCE(
+           NOT bool_and(f.ambiguous) AND f.pid IS NOT NULL AND (o.rolsuper OR COALESCE(
                NOT r.rolsuper AND (pg_has_role(v_owner, r.oid, 'USAGE') OR pg_has_role(v_owner, 'pg_signal_backend', 'USAGE')), false))
     FROM found f
     JOIN pg_roles o ON o.oid = v_owner
@@ -127,8 +174,8 @@ BEGIN
     ORDER BY 1, 2;
 END;
 $$;
-REVOKE ALL ON FUNCTION job_holders(text) FROM PUBLIC;
-COMMENT ON FUNCTION job_holders(text) IS 'The sessions that would hold up a stop of this job now, since when, and whether they may be ended.';
+REVOKE ALL ON FUNCTION job_holders(text, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION job_holders(text, timestamptz) IS 'The sessions that would hold up a stop of this job now, since when, and whether they may be ended.';
 
 CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text)
@@ -139,7 +186,7 @@ AS $$
 BEGIN
     RETURN QUERY
         SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
-        FROM job_holders(emergency_stop_blockers.id) h;
+        FROM job_holders(emergency_stop_blockers.id, 'infinity') h;
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
@@ -148,9 +195,10 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'Waits for nothing; tries for a moment to lock rows of the job that others seem to hold.';
 
 -- end_or_name_holders(id, patience, force, problem): what is left to do once a stop has waited for that long.
--- Returns  with force: how many sessions were ended, those whose transactions had begun before the wait; they are gone then
--- Raises   lock_not_available (55P03)  in all other cases, with the holders as JSON in DETAIL; with the message of the
---          error that was met if nobody holds the job
+-- Returns  with force: how many sessions were ended, those whose transactions had begun before the wait; they are gone then.
+--          0 where nobody holds the job any more, and no problem is given
+-- Raises   lock_not_available (55P03)  where others hold the job, with the holders as JSON in DETAIL; where nobody does, with
+--          the problem, the message of the error that was met, and no DETAIL
 -- Locks    as emergency_stop_blockers
 CREATE OR REPLACE FUNCTION end_or_name_holders(id text, patience interval, force boolean, problem text)
 RETURNS int LANGUAGE plpgsql VOLATILE
@@ -167,7 +215,7 @@ BEGIN
         SELECT h.*, COALESCE(h.since <= v_began, true) AS overdue, json_build_object(
                    'pid', h.pid, 'application_name', h.application_name, 'database_user', h.database_user, 'state', h.state,
                    'transaction_seconds', h.transaction_seconds, 'query', h.query) AS shown
-        FROM job_holders(end_or_name_holders.id) h
+        FROM job_holders(end_or_name_holders.id, v_began) h
     )
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE h.overdue), '{}'),
            COALESCE(json_agg(h.shown) FILTER (WHERE h.overdue), json_agg(h.shown), '[]'),
@@ -180,10 +228,12 @@ BEGIN
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_pids) AS p (pid);  -- waits for its end
         RETURN cardinality(v_pids);
     END IF;
-    IF json_array_length(v_holders) = 0 THEN
+    IF json_array_length(v_holders) = 0 AND problem IS NULL THEN
+        RETURN 0;
+    ELSIF json_array_length(v_holders) = 0 THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %s could not be stopped in %s: %s', quote_literal(id), patience, problem),
-                  DETAIL = '[]', HINT = 'Nobody holds the job now. Try again.';
+                  HINT = 'Nobody holds the job now. Look at the triggers of the tables jobs and executions, or try again.';
     END IF;
     RAISE lock_not_available
         USING MESSAGE = format('job %s is locked', quote_literal(id)),

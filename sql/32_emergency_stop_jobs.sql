@@ -33,7 +33,7 @@ BEGIN
                                       WHERE b.transaction_seconds < extract(epoch FROM v_held_for)));
         EXCEPTION WHEN lock_not_available THEN
             GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
-            v_holders := v_detail;
+            v_holders := COALESCE(NULLIF(v_detail, ''), '[]');
             v_summaries[v_job.number] := CASE json_typeof(v_holders)
                 WHEN 'array' THEN json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders)
                 ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders -> 'blocked_by',

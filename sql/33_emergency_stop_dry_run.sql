@@ -2,7 +2,7 @@
 -- the same locks, and rolls it back. Nobody is notified, no session is ended.
 -- Returns  emergency_stop_job's answer with two more keys, "dry_run": true and "took_ms": 3.1 (milliseconds);
 --          {"error": "job not found", "job_id": "a"}
--- Raises   what emergency_stop_job raises; also what a deferred constraint would raise at the commit of the stop
+-- Raises   what emergency_stop_job raises
 --          invalid_parameter_value (22023)  the job has more than 10,000 active executions
 -- Locks    what emergency_stop_job locks, while it runs; nothing afterwards
 
@@ -29,7 +29,6 @@ BEGIN
 
     BEGIN
         v_answer := emergency_stop_job(emergency_stop_dry_run.id);
-        SET CONSTRAINTS ALL IMMEDIATE;
         v_took := round(extract(epoch FROM clock_timestamp() - v_began)::numeric * 1000, 1);
         RAISE SQLSTATE 'BS002';
     EXCEPTION WHEN SQLSTATE 'BS002' THEN  -- all of it is undone, the settings and locks of the stop included

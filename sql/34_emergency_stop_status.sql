@@ -11,24 +11,22 @@
 --          "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order of their
 --          ids; "history" the 20 last records, newest first.
 --          {"error": "job not found", "job_id": "a"}
--- Raises   nothing of its own
+-- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 -- Locks    what emergency_stop_blockers locks: nothing that outlives the call
 
--- is_emergency_stopped(job): whether this job has ended and a stop was the last that was done to it.
--- Returns  true or false
+-- is_emergency_stopped(id, status, metadata): whether this job has ended and a stop was the last that was done to it.
+-- Returns  true or false; id is jobs.id as text
 -- Raises   nothing of its own
 -- Locks    nothing
-CREATE OR REPLACE FUNCTION is_emergency_stopped(job jobs)
+CREATE OR REPLACE FUNCTION is_emergency_stopped(id text, status text, metadata jsonb)
 RETURNS boolean LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT COALESCE(
-        job.status IN ('completed', 'failed', 'cancelled')
-        AND (COALESCE(job.metadata @> '{"emergency_stop": true}', false)
-             OR (SELECT s.action = 'stop' FROM emergency_stops s WHERE s.job_id = job.id::text ORDER BY s.id DESC LIMIT 1)), false);
+    SELECT COALESCE(status IN ('completed', 'failed', 'cancelled'), false)
+           AND (COALESCE(metadata @> '{"emergency_stop": true}', false) OR COALESCE(last_record(id) = 'stop', false));
 $$;
-REVOKE ALL ON FUNCTION is_emergency_stopped(jobs) FROM PUBLIC;
-COMMENT ON FUNCTION is_emergency_stopped(jobs) IS
+REVOKE ALL ON FUNCTION is_emergency_stopped(text, text, jsonb) FROM PUBLIC;
+COMMENT ON FUNCTION is_emergency_stopped(text, text, jsonb) IS
     'Whether the job has ended and carries the mark of a stop, or its last record is a stop.';
 
 -- stop_confirmation(id): how far the workers have confirmed the last stop of a job; id is jobs.id as text.
@@ -90,43 +88,37 @@ SET row_security = off
 AS $$
 DECLARE
     v_id         CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
-    v_active     CONSTANT text[] := '{pending,running,processing}';
-    v_job        jobs%ROWTYPE;
+    v_key        CONSTANT text := v_id::text;  -- the id as it is in the tables
+    v_job        record;
     v_counts     jsonb;
     v_left_alone jsonb;
     v_history    json;
 BEGIN
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
+    SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_status.id);
     END IF;
-
-    SELECT COALESCE(jsonb_object_agg(c.status, c.executions), '{}') INTO v_counts
-    FROM (SELECT e.status, count(*) AS executions
-          FROM executions e
-          WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled')
-          GROUP BY e.status) c;
-    v_left_alone := v_counts - v_active;
-
+    v_counts := COALESCE(unfinished_executions(v_key), '{}');
+    v_left_alone := v_counts - '{pending,running,processing}'::text[];
     SELECT COALESCE(json_agg(json_build_object(
                'action', s.action, 'at', utc_seconds(s.stopped_at), 'previous_status', s.previous_status, 'new_status', s.new_status,
                'executions_stopped', s.executions_stopped, 'sessions_ended', s.sessions_ended, 'reason', s.reason,
                'actor', s.caller -> 'actor', 'client', s.caller -> 'client', 'request_id', s.caller -> 'request_id',
                'database_user', s.database_user) ORDER BY s.id DESC), '[]')
     INTO v_history
-    FROM (SELECT r.* FROM emergency_stops r WHERE r.job_id = v_job.id::text ORDER BY r.id DESC LIMIT 20) s;
+    FROM (SELECT r.* FROM emergency_stops r WHERE r.job_id = v_key ORDER BY r.id DESC LIMIT 20) s;
 
     RETURN (
         SELECT json_object_agg(k.key, k.value ORDER BY k.number)
         FROM (VALUES
             ('job_id', to_json(emergency_stop_status.id), 1),
             ('status', to_json(v_job.status), 2),
-            ('stopped', to_json(is_emergency_stopped(v_job)), 3),
+            ('stopped', to_json(is_emergency_stopped(v_key, v_job.status, v_job.metadata)), 3),
             ('active', json_build_object('pending', COALESCE(v_counts -> 'pending', '0'), 'running', COALESCE(v_counts -> 'running', '0'),
                                          'processing', COALESCE(v_counts -> 'processing', '0')), 4),
             ('left_alone', v_left_alone::json, 5),
             ('blocked_by', (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b), 6),
-            ('confirmation', stop_confirmation(v_job.id::text), 7),
+            ('confirmation', stop_confirmation(v_key), 7),
             ('history', v_history, 8)) AS k (key, value, number)
         WHERE k.key <> 'left_alone' OR v_left_alone <> '{}');
 END;

@@ -8,19 +8,9 @@
 
 DO $$
 DECLARE
-    v_type     CONSTANT regtype := (SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = to_regclass('executions') AND a.attname = 'id');
-    v_function regprocedure;
+    v_type CONSTANT regtype := (SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = to_regclass('executions') AND a.attname = 'id');
 BEGIN
-    -- One of an earlier installation, when the column had another type.
-    FOR v_function IN
-        SELECT p.oid
-        FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(current_schema()) AND p.proname = 'confirm_stopped'
-          AND p.oid IS DISTINCT FROM to_regprocedure(format('confirm_stopped(%s[])', v_type))
-    LOOP
-        EXECUTE format('DROP FUNCTION %s', v_function);
-    END LOOP;
-
+    -- The installation has dropped the one for another type, if the column had that.
     EXECUTE format($function$
         CREATE OR REPLACE FUNCTION confirm_stopped(execution_ids %s[])
         RETURNS int LANGUAGE plpgsql VOLATILE SECURITY DEFINER

@@ -10,8 +10,8 @@
 --          lock_not_available (55P03)              other transactions held the job for longer than lock_timeout; DETAIL has
 --                                                  them as a JSON array, as emergency_stop_job's has
 --          triggered_data_change_violation (27000) a trigger or rule of the application's kept the job from being released
--- Locks    the job's barrier, alone and shared, then its row, FOR NO KEY UPDATE, until the transaction ends. The waits are
---          bounded by lock_timeout, by 10 s where that is 0.
+-- Locks    the job's barrier, alone and shared; the tables jobs and emergency_stops, ROW EXCLUSIVE; the job's row, FOR NO KEY
+--          UPDATE; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. It waits for lock_timeout at most, for 10 s where that is 0.
 
 CREATE OR REPLACE FUNCTION release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -21,12 +21,15 @@ SET row_security = off
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(release_job.id);
-    v_barrier      CONSTANT bigint := job_barrier(v_id::text);
+    v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
+    v_barrier      CONSTANT bigint := job_barrier(v_key);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     CONSTANT timestamptz := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
-    v_job          jobs%ROWTYPE;
+    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_deadline     CONSTANT timestamptz := clock_timestamp() + v_patience;
+    v_job          record;
+    v_released     record;
     v_now          timestamptz;
-    v_released     jobs%ROWTYPE;
+    v_answer       json;
 BEGIN
     PERFORM require_read_committed('release_job');
     IF (length(btrim(reason)) > 0 AND length(reason) <= 1000) IS NOT TRUE THEN
@@ -38,35 +41,45 @@ BEGIN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
     END IF;
 
-    -- First without any lock: where there is nothing to release, nobody is waited for.
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF NOT FOUND THEN
-        RETURN json_build_object('error', 'job not found', 'job_id', release_job.id);
-    ELSIF NOT is_emergency_stopped(v_job) THEN
-        RETURN json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
-    END IF;
-    IF NOT lock_job(v_id::text, v_deadline) THEN
+    BEGIN
+        PERFORM limit_lock_wait(v_patience);
+        -- The first look takes no lock: where there is nothing to release, nobody is waited for.
+        FOR v_look IN 1..2 LOOP
+            SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
+            IF NOT FOUND THEN
+                v_answer := json_build_object('error', 'job not found', 'job_id', release_job.id);
+            ELSIF NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN
+                v_answer := json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
+            END IF;
+            EXIT WHEN v_look = 2 OR v_answer IS NOT NULL;
+            IF NOT wait_for_barrier(v_barrier, v_patience) THEN
+                RAISE lock_not_available;
+            END IF;
+            PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+            PERFORM limit_lock_wait(v_deadline - clock_timestamp());
+            LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
+            PERFORM lock_job_row(v_key, v_deadline - clock_timestamp(), lock_table => true);
+        END LOOP;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %s is locked', quote_literal(release_job.id)),
                   DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
-                  HINT = 'DETAIL names the sessions that hold it. Nothing was changed. Try again when they have ended.';
-    END IF;
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF NOT FOUND THEN
-        RETURN json_build_object('error', 'job not found', 'job_id', release_job.id);
-    ELSIF NOT is_emergency_stopped(v_job) THEN
-        RETURN json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
+                  HINT = 'The sessions in DETAIL hold it. Nothing was changed. Try again when they have ended.';
+    END;
+    PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    IF v_answer IS NOT NULL THEN
+        RETURN v_answer;
     END IF;
 
     v_now := clock_timestamp();
-    PERFORM set_config('beacon_stop.releasing', v_job.id::text, true);
+    PERFORM set_config('beacon_stop.releasing', v_key, true);
     UPDATE jobs j
     SET status = release_job.status,
         updated_at = v_now,
         metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata - 'emergency_stop' ELSE j.metadata END
     WHERE j.id = v_id;
     PERFORM set_config('beacon_stop.releasing', '', true);
-    SELECT j.* INTO v_released FROM jobs j WHERE j.id = v_id;
+    SELECT j.status, j.metadata INTO v_released FROM jobs j WHERE j.id = v_id;
     IF (v_released.status = release_job.status AND COALESCE(NOT v_released.metadata ? 'emergency_stop', true)) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
             USING MESSAGE = format('job %s was not released: a trigger or rule on table jobs has changed the update', quote_literal(release_job.id)),
@@ -74,7 +87,7 @@ BEGIN
     END IF;
 
     INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
-    VALUES ('release', v_job.id::text, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
+    VALUES ('release', v_key, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
     PERFORM commit_durably();
     RETURN json_build_object(
         'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_job.status,

@@ -8,8 +8,9 @@
 -- Locks    nothing; it also works on a standby
 --
 -- The size of the tables has no part in the cost. It looks at the last 100,000 executions, as an index on created_at gives
--- them, or else an index on ascending ids; and at 100,000 that have not ended. Where neither index exists (ids of type uuid
--- or text do not ascend), it only knows those that have not ended.
+-- them, or else an index on ascending ids; and at 100,000 that have not ended. It looks at fewer where a few are enough, or
+-- where reading them is slow. Where neither index exists (ids of type uuid or text do not ascend), it only knows those that
+-- have not ended.
 
 -- execution_order(): by which index the latest executions can be found, whatever the size of the table.
 -- Returns  'created_at'; else 'id', if the ids ascend; else 'none'
@@ -30,6 +31,42 @@ $$;
 REVOKE ALL ON FUNCTION execution_order() FROM PUBLIC;
 COMMENT ON FUNCTION execution_order() IS 'The column by whose index the latest executions are found: created_at, id or none.';
 
+-- executions_to_read(ordered_by, since): how many of the latest executions, and of those that have not ended, are to be read.
+-- Returns  1,000, 10,000 or 100,000
+-- Raises   nothing of its own
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION executions_to_read(ordered_by text, since timestamptz)
+RETURNS int LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_rows   int;
+    v_began  timestamptz;
+    v_enough boolean;
+BEGIN
+    FOREACH v_rows IN ARRAY '{1000,10000}'::int[] LOOP
+        v_began := clock_timestamp();
+        -- If fewer than half of them are new, then all new ones are among them.
+        SELECT count(*) FILTER (WHERE l.created_at >= since) < v_rows / 2 INTO v_enough
+        FROM ((SELECT e.created_at FROM executions e WHERE ordered_by = 'id' ORDER BY e.id DESC LIMIT v_rows)
+              UNION ALL
+              (SELECT e.created_at FROM executions e WHERE ordered_by = 'created_at' AND e.created_at >= since
+               ORDER BY e.created_at DESC LIMIT v_rows)) l;
+        SELECT v_enough AND count(*) < v_rows INTO v_enough
+        FROM (SELECT e.created_at FROM executions e
+              WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
+              ORDER BY e.job_id, e.status LIMIT v_rows) u;
+        -- Ten times as many take ten times as long.
+        IF v_enough OR clock_timestamp() - v_began > '20 ms' THEN
+            RETURN v_rows;
+        END IF;
+    END LOOP;
+    RETURN 100000;
+END;
+$$;
+REVOKE ALL ON FUNCTION executions_to_read(text, timestamptz) FROM PUBLIC;
+COMMENT ON FUNCTION executions_to_read(text, timestamptz) IS 'How many of the latest executions runaway_jobs has to read.';
+
 -- The settings leave the planner no plan that reads a whole table or a whole index, whatever the statistics say,
 -- and keep it from compiling the plan, which would take longer than to run it.
 CREATE OR REPLACE FUNCTION runaway_jobs(minutes int DEFAULT 5, max_jobs int DEFAULT 20)
@@ -43,7 +80,6 @@ SET enable_incremental_sort = off
 SET jit = off
 AS $$
 DECLARE
-    v_most  CONSTANT int := 100000;
     v_since executions.created_at%TYPE;
     v_order text;
     v_rows  int;
@@ -60,31 +96,25 @@ BEGIN
     END IF;
     v_since := clock_timestamp() - make_interval(mins => minutes);
     v_order := execution_order();
-
-    -- Most often a few rows are enough: fewer than half of them are new, so all new ones are among them.
-    FOREACH v_rows IN ARRAY ARRAY[v_most / 100, v_most / 10, v_most] LOOP
-        EXIT WHEN v_order <> 'id' OR v_rows = v_most;
-        EXIT WHEN v_rows / 2 > (SELECT count(*) FILTER (WHERE l.created_at >= v_since)
-                                FROM (SELECT e.created_at FROM executions e ORDER BY e.id DESC LIMIT v_rows) l);
-    END LOOP;
+    v_rows := executions_to_read(v_order, v_since);
 
     WITH unfinished AS MATERIALIZED (
         SELECT e.job_id, e.status, e.created_at
         FROM executions e
         WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
         ORDER BY e.job_id, e.status
-        LIMIT v_most
+        LIMIT v_rows
     ), latest AS MATERIALIZED (
         (SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows)
         UNION ALL
         (SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'created_at' AND e.created_at >= v_since
-         ORDER BY e.created_at DESC LIMIT v_most)
+         ORDER BY e.created_at DESC LIMIT v_rows)
         UNION ALL
         SELECT u.job_id, u.created_at FROM unfinished u WHERE v_order = 'none'
     ), looked AS MATERIALIZED (
-        SELECT (SELECT count(*) >= v_most FROM unfinished) AS active_cut,
+        SELECT (SELECT count(*) = v_rows FROM unfinished) AS active_cut,
                -- A transaction that took long has added rows that look old: a tenth of them may be such.
-               (SELECT count(*) FILTER (WHERE l.created_at >= v_since) >= v_most * 0.9 FROM latest l) AS latest_cut
+               (SELECT count(*) FILTER (WHERE l.created_at >= v_since) >= v_rows * 0.9 FROM latest l) AS latest_cut
     ), started AS (
         SELECT l.job_id, count(*) AS executions FROM latest l WHERE l.created_at >= v_since GROUP BY l.job_id
     ), active AS (
@@ -99,7 +129,7 @@ BEGIN
         ORDER BY 2 DESC, 3 DESC, 1
         LIMIT max_jobs
     ), answer AS (
-        -- Where not all that have not ended were looked at, up to 10,000 of each job listed are counted anew.
+        -- Where there are more than were looked at, those of each job listed are counted anew, up to a tenth as many.
         SELECT l.job_id::text AS job_id, j.status, l.started, trim_scale(round(l.started / minutes::numeric, 1)) AS per_minute,
                greatest(l.active, c.active) AS active, utc_seconds(least(l.oldest, c.oldest)) AS oldest_active_at, l.jobs
         FROM listed l
@@ -108,7 +138,7 @@ BEGIN
             SELECT count(*) AS active, min(a.created_at) AS oldest
             FROM (SELECT e.created_at FROM executions e, looked
                   WHERE looked.active_cut AND e.job_id = l.job_id AND e.status IN ('pending', 'running', 'processing')
-                  LIMIT 10000) a) c
+                  LIMIT v_rows / 10) a) c
     )
     SELECT json_agg(json_build_object('job_id', a.job_id, 'status', a.status, 'started', a.started, 'per_minute', a.per_minute,
                                       'active', a.active, 'oldest_active_at', a.oldest_active_at)

@@ -1,24 +1,28 @@
 -- get_job(id): one job as it is now.
 -- Returns  {"job": {"id": "a", "status": "failed", "metadata": {...}, "created_at": "2025-09-29T23:48:00.000000Z",
---           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}
+--           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"};
+--          the id as it was asked for
 -- Raises   nothing of its own
 -- Locks    nothing
 
 CREATE OR REPLACE FUNCTION get_job(id text)
 RETURNS json LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path FROM CURRENT
+SET timezone FROM CURRENT  -- of columns without a time zone
+SET row_security = off     -- an error rather than a job that is not found
 AS $$
 DECLARE
     v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
+    v_id     CONSTANT jobs.id%TYPE := to_job_id(get_job.id);
     v_job    jobs%ROWTYPE;
 BEGIN
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = get_job.id;
+    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         RETURN json_build_object('error', 'job not found', 'job_id', get_job.id);
     END IF;
     RETURN json_build_object(
         'job', json_build_object(
-            'id', v_job.id, 'status', v_job.status, 'metadata', v_job.metadata,
+            'id', get_job.id, 'status', v_job.status, 'metadata', v_job.metadata,
             'created_at', to_char(v_job.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
             'updated_at', to_char(v_job.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
         'status', v_job.status);

@@ -1,32 +1,50 @@
 -- list_executions(job_id, status, after, max_rows, max_bytes): a job's executions in the order of their ids.
 -- Only those in that status, if given; only ids above after; at most max_rows, and no further row once the JSON
 -- of those before it has reached max_bytes (bytes), so that a caller who pages can bound what a page weighs.
--- Returns  rows of id and {"id": 1, "job_id": "a", "status": "failed", "output": {...}, "created_at":
+-- Returns  rows of id, as text, and {"id": 1, "job_id": "a", "status": "failed", "output": {...}, "created_at":
 --          "2025-09-29T23:48:00.000000Z", "started_at": ..., "completed_at": ...}; none for an unknown job
--- Raises   nothing of its own
+-- Raises   invalid_parameter_value (22023)  after is none that the type of executions.id can hold
 -- Locks    nothing
 
 CREATE OR REPLACE FUNCTION list_executions(
-    job_id text, status text DEFAULT NULL, after bigint DEFAULT NULL, max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)
-RETURNS TABLE (id bigint, execution json)
+    job_id text, status text DEFAULT NULL, after text DEFAULT NULL, max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)
+RETURNS TABLE (id text, execution json)
 LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path FROM CURRENT
+SET timezone FROM CURRENT  -- of columns without a time zone
+SET row_security = off     -- an error rather than executions that are not listed
 AS $$
 DECLARE
     v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
+    v_job_id CONSTANT jobs.id%TYPE := to_job_id(list_executions.job_id);
+    v_after  CONSTANT executions.id%TYPE := to_execution_id(list_executions.after);
+    v_from   executions.id%TYPE := v_after;
     v_bytes  bigint := 0::bigint;
 BEGIN
+    IF v_after IS NULL AND list_executions.after IS NOT NULL THEN
+        RAISE invalid_parameter_value
+            USING MESSAGE = format('after is %s: expected the id of an execution, of type %s',
+                                   quote_literal(list_executions.after), pg_typeof(v_after));
+    ELSIF v_after IS NULL THEN
+        SELECT e.id INTO v_from
+        FROM executions e
+        WHERE e.job_id >= v_job_id AND e.job_id <= v_job_id
+        ORDER BY e.job_id, e.id
+        LIMIT 1;
+    END IF;
+
     FOR id, execution IN
         SELECT e.id, json_build_object(
-            'id', e.id, 'job_id', e.job_id, 'status', e.status, 'output', e.output,
+            'id', e.id, 'job_id', list_executions.job_id, 'status', e.status, 'output', e.output,
             'created_at', to_char(e.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
             'started_at', to_char(e.started_at::timestamptz AT TIME ZONE 'UTC', v_format),
             'completed_at', to_char(e.completed_at::timestamptz AT TIME ZONE 'UTC', v_format))
         FROM executions e
         -- Written so that only the index on (job_id, id) gives the order: after a runaway the statistics make the one on
         -- id look better, and for the few executions of another job all would be read.
-        WHERE (e.job_id, e.id) > (list_executions.job_id, COALESCE(list_executions.after, -9223372036854775808))
-          AND e.job_id <= list_executions.job_id
+        WHERE (e.job_id, e.id) >= (v_job_id, v_from)
+          AND e.job_id <= v_job_id
+          AND (v_after IS NULL OR e.id <> v_after)
           AND (list_executions.status IS NULL OR e.status = list_executions.status)
         ORDER BY e.job_id, e.id
         LIMIT list_executions.max_rows
@@ -37,6 +55,6 @@ BEGIN
     END LOOP;
 END;
 $$;
-REVOKE ALL ON FUNCTION list_executions(text, text, bigint, bigint, bigint) FROM PUBLIC;
-COMMENT ON FUNCTION list_executions(text, text, bigint, bigint, bigint) IS
+REVOKE ALL ON FUNCTION list_executions(text, text, text, bigint, bigint) FROM PUBLIC;
+COMMENT ON FUNCTION list_executions(text, text, text, bigint, bigint) IS
     'A job''s executions as JSON in id order, optionally of one status, above an id, up to a number of rows or of bytes. Locks nothing.';

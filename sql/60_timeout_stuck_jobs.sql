@@ -64,6 +64,7 @@ DECLARE
     v_after   text;
     v_failed  bigint;
     v_stopped bigint := 0;
+    v_active  boolean;
 BEGIN
     PERFORM pg_advisory_xact_lock(v_barrier);
     PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which a stop knows that we hold the job until we commit
@@ -87,8 +88,10 @@ BEGIN
             output = as_object(e.output, 'previous_output') || '{"error": "Job timed out"}'
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
         GET DIAGNOSTICS v_failed = ROW_COUNT;
-        EXIT WHEN v_failed = 0;
         v_stopped := v_stopped + v_failed;
+        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after we have looked
+        v_active := EXISTS (SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing'));
+        EXIT WHEN NOT v_active;
     END LOOP;
     UPDATE jobs j
     SET status = 'failed',
@@ -97,8 +100,7 @@ BEGIN
                    || jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at))
     WHERE j.id = v_id
     RETURNING j.status INTO v_after;
-    IF v_after IS DISTINCT FROM 'failed'
-       OR EXISTS (SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')) THEN
+    IF v_after IS DISTINCT FROM 'failed' OR v_active THEN
         RAISE SQLSTATE 'BS002' USING MESSAGE = format('triggers keep job %s from failing', quote_literal(time_out_job.id));
     END IF;
     RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);

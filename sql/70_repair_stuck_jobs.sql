@@ -6,7 +6,7 @@
 --           "republished_jobs": [{"job_id": "a", "previous_status": "failed", "attempt": 1}],
 --           "skipped": {"emergency_stopped": 2, "attempts_exhausted": 1, "active": 1}, "more": false}
 --          "skipped" counts each job that is left out under the first that is true of it
---          "more" tells that some are left: beyond max_jobs (0 to 1,000), or locked
+--          "more" tells that some are left: beyond max_jobs (0 to 1,000), locked, or kept by triggers of the application's own
 -- Raises   invalid_parameter_value (22023)    max_age is not between 0 and 8,760 hours, max_jobs not between 0 and 1,000
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
@@ -49,7 +49,7 @@ DECLARE
 BEGIN
     -- A job that had failed by itself before it was stopped has a record of the stop, but no mark.
     IF EXISTS (SELECT FROM jobs j WHERE j.id = v_id AND j.metadata @> '{"emergency_stop": true}')
-       OR 'stop' = (SELECT s.action FROM emergency_stops s WHERE s.job_id = reason_to_skip.id ORDER BY s.id DESC LIMIT 1) THEN
+       OR last_record(reason_to_skip.id) = 'stop' THEN
         RETURN 'emergency_stopped';
     ELSIF republications(reason_to_skip.id) >= 3 THEN
         RETURN 'attempts_exhausted';
@@ -75,12 +75,14 @@ DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(republish_job.id);
     v_barrier CONSTANT bigint := job_barrier(republish_job.id);
     v_attempt int;
+    v_status  text;
 BEGIN
     PERFORM FROM jobs j WHERE j.id = v_id AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
     -- We are alone at the barrier, so that an emergency stop that comes now does not take the job for ended. We hold it
-    -- shared as well, by which that stop knows that we hold the job until we commit.
+    -- shared as well, by which that stop knows that we hold the job until we commit. Now nobody else can change any of it,
+    -- so we look again.
     IF NOT FOUND OR NOT pg_try_advisory_xact_lock(v_barrier) OR NOT pg_try_advisory_xact_lock_shared(v_barrier)
-       OR reason_to_skip(republish_job.id) IS NOT NULL THEN  -- asked again now that nobody else can change any of it
+       OR reason_to_skip(republish_job.id) IS NOT NULL THEN
         RETURN NULL;
     END IF;
     v_attempt := republications(republish_job.id) + 1;
@@ -89,7 +91,11 @@ BEGIN
         updated_at = republish_job.at,
         metadata = as_object(j.metadata, 'previous_metadata')
                    || jsonb_build_object('republish_count', v_attempt, 'republished_at', utc_seconds(republish_job.at))
-    WHERE j.id = v_id;
+    WHERE j.id = v_id
+    RETURNING j.status INTO v_status;
+    IF v_status IS DISTINCT FROM 'pending' THEN  -- a trigger of the application's own has kept it from that
+        RETURN NULL;
+    END IF;
     PERFORM notify_workers('job_republished', json_build_object(
         'job_id', republish_job.id, 'republished_at', utc_seconds(republish_job.at), 'attempt', v_attempt));
     RETURN json_build_object('job_id', republish_job.id, 'previous_status', 'failed', 'attempt', v_attempt);
@@ -142,7 +148,7 @@ BEGIN
         v_job := republish_job(v_id, v_now);
         IF v_job IS NOT NULL THEN
             v_jobs := v_jobs || v_job;
-        ELSIF reason_to_skip(v_id) IS NULL THEN  -- it is held by others, if it has not gone on
+        ELSIF reason_to_skip(v_id) IS NULL THEN  -- others hold it, or it has gone on
             v_more := v_more OR EXISTS (SELECT FROM jobs j WHERE j.id = to_job_id(v_id) AND j.status = 'failed');
         END IF;
     END LOOP;

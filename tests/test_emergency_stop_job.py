@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 import psycopg
 import pytest
 from conftest import count_active
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 
 
 def test_stops_the_job_and_its_active_executions_and_nothing_else(db, make_job, stop):
@@ -135,14 +137,19 @@ def test_a_reason_of_1000_characters_and_not_one_more(db, make_job, stop):
     assert stop(job_id, "ä" * 1000)["reason"] == "ä" * 1000
 
 
-def test_the_audit_row(db, make_job, stop):
+def test_the_record(db, make_job, service):
     job_id = make_job(running=2)
-    answer = stop(job_id, "why")
+    caller = {"actor": "anna", "client": "192.0.2.1", "request_id": "r1"}
+    answer = service.execute("SELECT emergency_stop_job(%s, 'why', caller => %s)", (job_id, Jsonb(caller))).fetchone()[0]
 
-    rows = db.execute("SELECT * FROM emergency_stops").fetchall()
-    ((_, *row, stopped_at),) = rows
-    assert row[:6] == [job_id, "processing", 2, "why", "admin", "beacon_service"]
+    (row,) = db.cursor(row_factory=dict_row).execute("SELECT * FROM emergency_stops").fetchall()
+    stopped_at = row.pop("stopped_at")
     assert stopped_at.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ") == answer["stopped_at"]
+    assert row.pop("id") and str(row.pop("client_address") or "127.0.0.1").startswith("127.0.0.1")
+    assert row == {
+        "action": "stop", "job_id": job_id, "previous_status": "processing", "new_status": "failed", "executions_stopped": 2,
+        "sessions_ended": 0, "reason": "why", "caller": caller, "stopped_by": "admin", "database_user": "beacon_service",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""sql/50_list_executions.sql."""
+"""sql/50_list_executions.sql. Ids of other types than bigint are in test_tables.py."""
 
+import psycopg
 import pytest
 
 
@@ -8,7 +9,7 @@ def ids(service):
     def ids(*arguments, **named):
         names = "".join(f", {name} => %s" for name in named)
         query = f"SELECT id FROM list_executions(%s{names})"
-        return [row[0] for row in service.execute(query, (*arguments, *named.values()))]
+        return [int(row[0]) for row in service.execute(query, (*arguments, *named.values()))]
 
     return ids
 
@@ -29,9 +30,9 @@ def test_selected_by_status_and_id_and_number(make_job, ids):
     job_id = make_job(running=5, completed=5)
 
     assert ids(job_id, status="completed") == [6, 7, 8, 9, 10]
-    assert ids(job_id, after=8) == [9, 10]
+    assert ids(job_id, after="8") == [9, 10]
     assert ids(job_id, max_rows=3) == [1, 2, 3]
-    assert ids(job_id, status="running", after=2, max_rows=2) == [3, 4]
+    assert ids(job_id, status="running", after="2", max_rows=2) == [3, 4]
     assert ids(job_id, status="no such") == ids("nix") == []
 
 
@@ -50,8 +51,31 @@ def test_a_page_is_read_by_index(db, connect, make_job):
     db.execute("VACUUM ANALYZE executions")
     job_id = make_job(running=20)
 
-    for after in (None, 20_010):
+    for after in (None, "20010"):
         session = connect(autocommit=False)
         session.execute("SELECT FROM list_executions(%s, after => %s, max_rows => 10)", (job_id, after))
         read = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
-        assert session.execute(read).fetchone() == (0, 10)
+        sequentially, by_index = session.execute(read).fetchone()
+        assert sequentially == 0
+        assert by_index <= 11, "the page, and without after the first one to know where it begins"
+
+
+def test_pages_of_a_large_job_are_read_by_index_however_often_they_are_asked_for(db, connect, make_job):
+    """PostgreSQL plans anew for the first five calls of a session only. A plan for all must not read what comes before a page."""
+    job_id = make_job(running=5_000)
+    db.execute("VACUUM ANALYZE executions")
+    session = connect(autocommit=False)
+    read = "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+
+    for _ in range(12):
+        session.execute("SELECT FROM list_executions(%s, after => '4900', max_rows => 10)", (job_id,))
+    assert session.execute(read).fetchone()[0] <= 12 * 11
+
+
+@pytest.mark.parametrize("after", ["", "x", "1.5", "9223372036854775808"])
+def test_after_that_is_no_id_is_refused(service, make_job, after):
+    make_job("a", running=1)
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue) as refused:
+        service.execute("SELECT FROM list_executions('a', after => %s)", (after,))
+    assert refused.value.diag.message_primary == f"after is '{after}': expected the id of an execution, of type bigint"

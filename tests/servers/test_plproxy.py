@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ from conftest import (
     age,
     count_active,
     create_service_role,
+    in_thread,
     new_folder_in_memory,
-    readme_block,
     wait_until,
 )
 from processes import Cluster, suspended
@@ -29,6 +30,14 @@ from psycopg.conninfo import make_conninfo
 import beacon_stop
 
 PARTITIONS = 4
+NOT_ON_THE_FRONT = "confirm_stopped"  # the ids of executions belong to a shard
+
+
+def readme_block(language: str, containing: str) -> str:
+    """A fenced block of the router's README, so that what it shows is what runs here."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "sql/plproxy/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if containing in block]
+    return block
 
 
 class Shards:
@@ -38,6 +47,7 @@ class Shards:
         self.url = url
         self.front_url = make_conninfo(url, dbname="front", user="beacon_service", password=SERVICE_PASSWORD)
         self.front = psycopg.connect(make_conninfo(url, dbname="front"), autocommit=True)
+        self.service = psycopg.connect(self.front_url, autocommit=True, options="-c statement_timeout=20s")
         self.shards = [psycopg.connect(make_conninfo(url, dbname=f"shard{number}"), autocommit=True) for number in range(2)]
 
     def partition_of(self, job_id: str) -> int:
@@ -49,6 +59,13 @@ class Shards:
     def other(self, job_id: str) -> psycopg.Connection:
         return self.shards[1 - self.partition_of(job_id) % 2]
 
+    def connect_to_shard_of(self, job_id: str, **options: Any) -> psycopg.Connection:
+        return psycopg.connect(make_conninfo(self.url, dbname=self.of(job_id).info.dbname), **options)
+
+    def call(self, call: str, *parameters: Any) -> Any:
+        """Call a function on the front as the service's role, and return its one value."""
+        return self.service.execute(f"SELECT {call}", parameters).fetchone()[0]
+
     def make_job(self, id: str, status: str = "processing", **executions: int) -> str:
         db = self.of(id)
         db.execute("INSERT INTO jobs (id) VALUES (%s)", (id,))
@@ -58,7 +75,7 @@ class Shards:
         return id
 
     def close(self) -> None:
-        for session in (self.front, *self.shards):
+        for session in (self.front, self.service, *self.shards):
             session.close()
 
 
@@ -103,30 +120,254 @@ def batch(service: Service, name: str, query: str = "") -> dict[str, Any]:
     return answer.json
 
 
-def test_every_function_of_the_service_is_there_and_nothing_is_open_to_public(shards, service):
-    assert service("GET", "/health/ready").status == 200
-
-    functions = shards.front.execute("""
-        SELECT p.oid::regprocedure::text, p.proconfig, has_function_privilege('public', p.oid, 'EXECUTE'),
-               has_function_privilege('beacon_service', p.oid, 'EXECUTE'), obj_description(p.oid, 'pg_proc')
+def test_the_functions_have_the_signatures_of_the_shards_and_nothing_is_open_to_public(shards):
+    functions = """
+        SELECT p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid),
+               has_function_privilege('public', p.oid, 'EXECUTE'), p.prosecdef, p.proconfig, obj_description(p.oid, 'pg_proc')
         FROM pg_proc p
-        WHERE p.pronamespace = 'public'::regnamespace AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
-        """).fetchall()
-    assert sorted(name for name, _, _, service_may, _ in functions if service_may) == sorted(beacon_stop.FUNCTIONS)
-    for name, config, public, _, comment in functions:
-        assert config == ["search_path=public, pg_temp"], name
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') = %s
+          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
+        ORDER BY 1"""
+
+    front, shard = (db.execute(functions, (True,)).fetchall() for db in (shards.front, shards.shards[0]))
+    assert [row[:3] for row in front] == [row[:3] for row in shard if row[0] != NOT_ON_THE_FRONT]
+    assert len(front) >= 11
+    for name, *_, public, as_owner, config, comment in front + shards.front.execute(functions, (False,)).fetchall():
         assert not public, name
+        assert as_owner == (name in {row[0] for row in front}), name
+        assert config == ["search_path=public, pg_temp"], name
         assert comment, name
 
 
-def test_the_functions_have_the_signatures_of_the_shards(shards):
-    signatures = """
-        SELECT p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid)
-        FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace AND p.oid::regprocedure::text = ANY (%s) ORDER BY 1"""
+def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
+    router = (ROOT / "sql/plproxy/router.sql").read_bytes()
+    with psycopg.connect(make_conninfo(cluster.url, dbname="front"), autocommit=True) as front:
+        for name, arguments, result in (
+            ("emergency_stop_job", "id text, reason text DEFAULT NULL", "json"),
+            ("emergency_stop_end_blockers", "id text", "json"),
+            ("batch_on_all_shards", "operation text, span interval, max_jobs int", "SETOF json"),
+            ("list_executions", "job_id text, status text, after bigint, max_rows bigint, max_bytes bigint", "TABLE (id bigint, execution json)"),
+        ):
+            front.execute(f"DROP FUNCTION IF EXISTS {name}")
+            front.execute(f"CREATE FUNCTION {name}({arguments}) RETURNS {result} LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$")
+        front.execute("DROP FUNCTION emergency_stop_blockers")
+        front.execute("""
+            CREATE FUNCTION emergency_stop_blockers(id text) RETURNS TABLE (pid int, application_name text)
+            LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$""")
+        front.execute(router)
+        names = "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace GROUP BY 1 HAVING count(*) > 1"
+        assert front.execute(names).fetchall() == []
+        assert front.execute("SELECT to_regproc('emergency_stop_end_blockers')").fetchone() == (None,)
+        front.execute("GRANT EXECUTE ON FUNCTION emergency_stop_blockers TO beacon_service")
+        front.execute(router)  # once more: rights stay
+        assert shards.service.execute("SELECT * FROM emergency_stop_blockers('x')").fetchall() == []
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        assert (front.execute(locks).fetchone(), front.execute("SHOW search_path").fetchone()) == ((0,), ('"$user", public',))
 
-    front, shard = (db.execute(signatures, (beacon_stop.FUNCTIONS,)).fetchall() for db in (shards.front, shards.shards[0]))
-    assert len(front) == len(beacon_stop.FUNCTIONS)
-    assert front == shard
+
+@pytest.mark.parametrize(("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")])
+def test_the_router_does_not_go_where_it_does_not_belong(shards, setup, sqlstate):
+    shards.front.execute(setup)
+    before = shards.front.execute("SELECT count(*) FROM pg_proc").fetchone()
+
+    with pytest.raises(psycopg.Error) as refused:
+        shards.front.execute((ROOT / "sql/plproxy/router.sql").read_bytes())
+    assert refused.value.sqlstate == sqlstate
+    shards.front.execute("ROLLBACK")
+    assert shards.front.execute("SELECT count(*) FROM pg_proc").fetchone() == before
+
+
+# --- In SQL ---
+
+
+def test_each_function_about_one_job_runs_on_its_shard(shards):
+    jobs = [shards.make_job(f"job-ä/{number}", running=3, completed=1) for number in range(8)]
+    assert {shards.partition_of(job_id) for job_id in jobs} == {0, 1, 2, 3}
+
+    for job_id in jobs:
+        assert shards.call("emergency_stop_dry_run(%s)", job_id)["executions_stopped"] == 3
+        assert shards.call("emergency_stop_status(%s)", job_id)["active"]["running"] == 3
+        answer = shards.call("emergency_stop_job(%s, %s, caller => %s)", job_id, "it's \\ 100 %", '{"actor": "ann", "client": null}')
+        assert list(answer) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at", "reason"]
+        assert (answer["executions_stopped"], answer["reason"]) == (3, "it's \\ 100 %")
+        assert shards.call("get_job(%s)", job_id)["job"]["metadata"]["reason"] == "it's \\ 100 %"
+        assert shards.of(job_id).execute("SELECT caller FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchall() == [
+            ({"actor": "ann", "client": None},)
+        ]
+        assert shards.other(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (0,)
+        status = shards.call("emergency_stop_status(%s)", job_id)
+        assert (status["stopped"], status["history"][0]["actor"]) == (True, "ann")
+        listed = shards.service.execute("SELECT id, execution FROM list_executions(%s)", (job_id,)).fetchall()
+        assert [id for id, _ in listed] == [str(execution["id"]) for _, execution in listed]
+        assert len(listed) == 4
+        after = shards.service.execute("SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job_id, listed[0][0])).fetchall()
+        assert after == [(listed[1][0],), (listed[2][0],)]
+        assert shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"] == "pending"
+        assert shards.call("release_job(%s, 'all clear', 'pending')", job_id)["error"] == "job is not stopped"
+    for function in ("emergency_stop_job", "emergency_stop_dry_run", "emergency_stop_status", "get_job"):
+        assert shards.call(f"{function}('nix')") == {"error": "job not found", "job_id": "nix"}
+    assert shards.call("emergency_stop_job(NULL)") == {"error": "job not found", "job_id": None}
+    assert shards.service.execute("SELECT * FROM list_executions('nix')").fetchall() == []
+
+
+def test_a_locked_job_is_said_to_be_with_all_who_hold_it_and_force_ends_those(shards):
+    job_id = shards.make_job("job", running=2)
+    shards.service.execute("SET lock_timeout = '300ms'")
+    with (
+        shards.connect_to_shard_of(job_id, application_name="holder") as holder,
+        shards.connect_to_shard_of(job_id, application_name="other") as other,
+        psycopg.connect(make_conninfo(shards.url, dbname=shards.other(job_id).info.dbname)) as bystander,
+    ):
+        shards.other(job_id).execute("INSERT INTO jobs (id) VALUES (%s)", (job_id,))
+        for session in (holder, bystander):
+            session.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+        other.execute("SELECT FROM executions WHERE job_id = %s FOR UPDATE", (job_id,))
+
+        with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked") as locked:
+            shards.call("emergency_stop_job(%s)", job_id)
+        blocked_by = json.loads(locked.value.diag.message_detail)
+        assert {blocker["pid"]: blocker["application_name"] for blocker in blocked_by} == {
+            holder.info.backend_pid: "holder", other.info.backend_pid: "other",
+        }  # fmt: skip
+        assert locked.value.diag.message_hint.startswith("Others have held it for")
+        assert "force => true" in locked.value.diag.message_hint
+        blockers = shards.service.execute("SELECT pid, application_name, transaction_seconds > 0.3 FROM emergency_stop_blockers('job')")
+        assert sorted(blockers.fetchall()) == sorted(
+            [(holder.info.backend_pid, "holder", True), (other.info.backend_pid, "other", True)]
+        )
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked"):
+            shards.call("emergency_stop_dry_run(%s)", job_id)
+        answer = shards.call("emergency_stop_job(%s, force => true)", job_id)
+        assert (answer["executions_stopped"], answer["sessions_ended"]) == (2, 2)
+        bystander.execute("SELECT")
+        for session in (holder, other):
+            with pytest.raises(psycopg.OperationalError):
+                session.execute("SELECT")
+
+
+def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards):
+    jobs = [shards.make_job(f"job-{number}", running=2) for number in range(8)]
+    ids = [*jobs[5:], "nix", *jobs[:5]]
+    callers = json.dumps([{"actor": f"for {job_id}"} for job_id in ids])
+    with shards.connect_to_shard_of(jobs[2], application_name="holder") as holder:
+        holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (jobs[2],))
+
+        pid = holder.info.backend_pid
+        answers = shards.service.execute("SELECT * FROM emergency_stop_jobs(%s, 'incident 7', %s)", (ids, callers)).fetchall()
+    assert [id for id, _ in answers] == [summary["job_id"] for _, summary in answers] == ids
+    for job_id, summary in answers:
+        if job_id == "nix":
+            assert summary == {"error": "job not found", "job_id": "nix"}
+        elif job_id == jobs[2]:
+            assert summary["error"] == "job is locked"
+            assert [blocker["pid"] for blocker in summary["blocked_by"]] == [pid]
+        else:
+            assert (summary["executions_stopped"], summary["reason"]) == (2, "incident 7")
+            caller = "SELECT caller FROM emergency_stops WHERE job_id = %s"
+            assert shards.of(job_id).execute(caller, (job_id,)).fetchone() == ({"actor": f"for {job_id}"},)
+    one = shards.service.execute("SELECT summary FROM emergency_stop_jobs(%s, caller => %s)", ([jobs[2]], '{"actor": "all"}')).fetchone()[0]
+    assert one["executions_stopped"] == 2
+    assert shards.service.execute("SELECT * FROM emergency_stop_jobs('{}')").fetchall() == []
+
+
+def test_runaways_of_all_shards_most_started_first(shards):
+    jobs = [shards.make_job(f"job-{number}", running=number + 1) for number in range(8)]
+
+    answer = shards.call("runaway_jobs()")
+    assert list(answer) == ["minutes", "jobs", "truncated"]
+    assert [job["job_id"] for job in answer["jobs"]] == jobs[::-1]
+    assert [job["active"] for job in answer["jobs"]] == list(range(8, 0, -1))
+    assert (answer["minutes"], answer["truncated"]) == (5, False)
+    answer = shards.call("runaway_jobs(10, 3)")
+    assert [job["job_id"] for job in answer["jobs"]] == jobs[:-4:-1]
+    assert (answer["minutes"], answer["truncated"]) == (10, True)
+
+
+def test_faults_name_their_shard(shards):
+    assert [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()") if not fault.startswith("warning: shard p")] == []
+    shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
+    shards.shards[0].execute("ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey")
+    shards.front.execute("REVOKE EXECUTE ON FUNCTION get_job FROM beacon_service")
+
+    faults = [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")]
+    assert "shard p1: trigger guard_updated_job on table jobs is disabled" in faults
+    assert any(fault.startswith("warning: shard p0: no foreign key") for fault in faults)
+    assert "role beacon_service may not execute function get_job(text) on the front" in faults
+    shards.shards[1].execute("DROP FUNCTION emergency_stop_status")
+    faults = [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")]
+    assert any(fault.startswith("shard p1: ") and "emergency_stop_status" in fault for fault in faults)
+
+
+def test_a_shard_that_is_away_is_a_fault_and_takes_only_its_own_jobs_with_it_in_sql(shards):
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
+    away = [job_id for job_id in jobs if not shards.partition_of(job_id) % 2]
+    there = [job_id for job_id in jobs if job_id not in away]
+    notices: list[tuple[str, str]] = []
+    shards.service.add_notice_handler(
+        lambda notice: notices.append((notice.severity_nonlocalized or "", (notice.message_primary or "").partition(":")[0]))
+    )
+    shards.call("get_job(%s)", away[0])  # so that there is a connection to be lost
+    with psycopg.connect(shards.url, autocommit=True) as server:
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
+
+        calls = [f"{function}('{away[0]}')" for function in ("emergency_stop_job", "emergency_stop_status", "get_job", "list_executions")]
+        for call in [*calls, "timeout_stuck_jobs()", "repair_stuck_jobs()"]:
+            with pytest.raises(psycopg.errors.ConnectionFailure, match="shard p0 is away"):
+                shards.call(call)
+        with pytest.raises(psycopg.errors.ConnectionFailure, match="shard p0 is away"):
+            shards.service.execute("SELECT * FROM emergency_stop_jobs(%s)", (jobs[:6],))
+        assert {job_id: count_active(shards.of(job_id), job_id) for job_id in there} == {job_id: int(job_id in jobs[6:]) for job_id in there}
+        answer = shards.call("runaway_jobs()")
+        assert sorted(job["job_id"] for job in answer["jobs"]) == there
+        assert answer["truncated"]
+        assert [text for severity, text in notices if severity == "WARNING"] == ["shard p0 is away"]
+        faults = [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")]
+        assert [fault.startswith("shard p0 is away: ") for fault in faults if not fault.startswith("warning: shard p1")] == [True]
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS true")
+    assert shards.call("emergency_stop_job(%s)", away[0])["executions_stopped"] == 1
+
+
+def test_a_session_of_a_shard_that_ends_while_it_is_called_costs_no_call_in_sql(shards):
+    job_id = shards.make_job("job", running=1)
+    with shards.connect_to_shard_of(job_id) as holder:
+        holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+        with in_thread(lambda: shards.call("emergency_stop_job(%s)", job_id)) as stop:
+            waiting = "SELECT pid FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname LIKE 'shard_' AND state = 'active'"
+            (pid,) = wait_until(lambda: shards.front.execute(waiting).fetchone())
+            shards.front.execute("SELECT pg_terminate_backend(%s)", (pid,))
+            wait_until(lambda: shards.front.execute(waiting + " AND pid <> %s", (pid,)).fetchone())
+            holder.rollback()
+    assert stop.result["executions_stopped"] == 1
+
+
+def test_what_else_a_shard_raises_keeps_its_sqlstate(shards):
+    shards.make_job("job")
+    for call, error in (
+        ("emergency_stop_job('job', repeat('x', 1001))", psycopg.errors.InvalidParameterValue),
+        ("list_executions('job', after => 'x')", psycopg.errors.InvalidParameterValue),
+        ("runaway_jobs(0)", psycopg.errors.InvalidParameterValue),
+        ("timeout_stuck_jobs(max_jobs => -1)", psycopg.errors.InvalidParameterValue),
+        ("repair_stuck_jobs(max_jobs => 1001)", psycopg.errors.InvalidParameterValue),
+        ("timeout_stuck_jobs('0')", psycopg.errors.InvalidParameterValue),
+    ):
+        with pytest.raises(error, match="expected"):
+            shards.call(call)
+
+
+@pytest.mark.parametrize("error", ["internal_error", "raise_exception", "no_data_found"])
+def test_what_a_trigger_on_a_shard_raises_is_not_taken_for_a_shard_that_is_away(shards, error):
+    job_id = shards.make_job("job", running=1)
+    shards.of(job_id).execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE {error} USING MESSAGE = 'not on Sundays'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()""")
+
+    with pytest.raises(psycopg.Error, match="not on Sundays") as raised:
+        shards.call("emergency_stop_job(%s)", job_id)
+    assert raised.value.sqlstate == {"internal_error": "XX000", "raise_exception": "P0001", "no_data_found": "P0002"}[error]
+
+
+# --- Over HTTP ---
 
 
 def test_a_job_is_stopped_and_read_on_its_shard(shards, service):
@@ -183,6 +424,7 @@ def test_who_holds_a_job_on_its_shard_is_named_and_ended_and_nobody_else(shards,
 
 def test_batches_run_on_all_shards_and_their_answers_are_merged(shards, service):
     jobs = [shards.make_job(f"job-{number}", running=2) for number in range(12)]
+    shards.make_job("active", status="failed", running=1)
     for job_id in jobs:
         age(shards.of(job_id), 20, job_id)
 
@@ -206,14 +448,8 @@ def test_batches_run_on_all_shards_and_their_answers_are_merged(shards, service)
     rest = batch(service, "repair-stuck-jobs")
     assert list(rest) == ["ok", "message", "republished_count", "republished_jobs", "skipped", "more"]
     assert (rest["message"], rest["republished_count"], rest["more"]) == ("Failed jobs republished", 10, False)
-    assert rest["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 0}
+    assert rest["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 0, "active": 1}
     assert sorted(job["job_id"] for job in few["republished_jobs"] + rest["republished_jobs"]) == sorted(jobs[1:])
-
-
-@pytest.mark.parametrize("call", ["timeout_stuck_jobs(max_jobs => -1)", "repair_stuck_jobs(max_jobs => 1001)", "timeout_stuck_jobs('0')"])
-def test_what_a_shard_refuses_is_refused(shards, call):
-    with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected"):
-        shards.front.execute(f"SELECT {call}")
 
 
 def test_the_statement_timeout_ends_the_call_on_the_shard_too(shards, start_service):

@@ -1,0 +1,117 @@
+"""What the application's own triggers and rules do while a job is stopped: the stop goes through, or says that it did not."""
+
+import psycopg
+import pytest
+from conftest import Client, count_active
+
+STOP = "SELECT emergency_stop_job(%s)"
+AGAIN = """
+    CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$
+    DECLARE attempt int := COALESCE((NEW.output->>'attempt')::int, 0);
+    BEGIN
+        IF NEW.status = 'failed' AND attempt < 3 THEN
+            INSERT INTO executions (job_id, status, output) VALUES (NEW.job_id, 'pending', jsonb_build_object('attempt', attempt + 1));
+        END IF;
+        RETURN NULL;
+    END $$
+"""
+
+
+@pytest.mark.parametrize("kind", ["TRIGGER again AFTER UPDATE ON executions", "CONSTRAINT TRIGGER again AFTER UPDATE ON executions DEFERRABLE INITIALLY DEFERRED"])
+def test_executions_that_a_trigger_starts_for_each_that_fails_are_stopped_and_counted(db, make_job, stop, kind):
+    """Version 1.0: ok, 5 stopped, 5 pending; and the second stop failed for ever."""
+    job_id = make_job(running=5)
+    db.execute(AGAIN)
+    db.execute(f"CREATE {kind} FOR EACH ROW EXECUTE FUNCTION again()")
+
+    assert stop(job_id)["executions_stopped"] == 5 + 3 * 5
+    assert count_active(db, job_id) == 0
+    assert stop(job_id)["action"] == "none"
+
+
+def test_a_trigger_that_starts_an_execution_for_ever_is_an_error_that_says_what_still_runs(db, make_job, service):
+    job_id = make_job(running=5)
+    db.execute(AGAIN.replace("attempt < 3", "true"))
+    db.execute("CREATE TRIGGER again AFTER UPDATE ON executions FOR EACH ROW EXECUTE FUNCTION again()")
+
+    with pytest.raises(psycopg.errors.TriggeredDataChangeViolation) as refused:
+        service.execute(STOP, (job_id,))
+    assert '{"pending": 5}' in refused.value.diag.message_detail
+    assert count_active(db, job_id) == 5
+
+
+def test_a_clean_up_execution_that_a_trigger_starts_when_the_job_fails_is_stopped_too(db, make_job, stop):
+    """Version 1.0: 55000 from our own guard, over HTTP "database unavailable"."""
+    job_id = make_job(running=2)
+    db.execute("""
+        CREATE FUNCTION clean_up() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO executions (job_id, status) VALUES (NEW.id, 'pending');
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER clean_up AFTER UPDATE ON jobs FOR EACH ROW
+            WHEN (NEW.status = 'failed' AND OLD.status <> 'failed') EXECUTE FUNCTION clean_up()""")
+
+    assert stop(job_id)["executions_stopped"] == 3
+    assert count_active(db, job_id) == 0
+
+
+def test_after_the_stop_its_own_session_starts_nothing_either(db, make_job, connect):
+    """What lets the triggers through while the stop is at work ends with it, and with its failure."""
+    job_id = make_job(running=1)
+    session = connect(autocommit=False)
+    session.execute(STOP, (job_id,))
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        session.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+    session.rollback()
+
+
+UNDOING = {
+    "a trigger that drops the update of the job": ("jobs", "RETURN NULL;"),
+    "a trigger that drops the updates of executions": ("executions", "RETURN NULL;"),
+    "a trigger that keeps the job's status": ("jobs", "NEW.status := OLD.status; RETURN NEW;"),
+    "a trigger that keeps the executions' status": ("executions", "NEW.status := OLD.status; RETURN NEW;"),
+    "a trigger that drops keys of the metadata": ("jobs", "NEW.metadata := NEW.metadata - 'emergency_stop'; RETURN NEW;"),
+    "a trigger that drops keys of the output": ("executions", "NEW.output := NEW.output - 'emergency_stop'; RETURN NEW;"),
+    "a rule on the job": ("jobs", None),
+    "a rule on executions": ("executions", None),
+}
+
+
+@pytest.mark.parametrize("name", UNDOING)
+def test_whatever_undoes_the_stop_is_an_error_and_never_ok(make_app, db, make_job, service, name):
+    """Version 1.0: ok, with survivors, or without a mark."""
+    job_id = make_job(running=3, metadata={"k": 1})
+    table, body = UNDOING[name]
+    if body:
+        db.execute(f"CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$")
+        db.execute(f"CREATE TRIGGER undo BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION undo()")
+    else:
+        db.execute(f"CREATE RULE undo AS ON UPDATE TO {table} DO INSTEAD NOTHING")
+
+    with pytest.raises(psycopg.errors.TriggeredDataChangeViolation, match=f"job '{job_id}' could not be stopped") as refused:
+        service.execute(STOP, (job_id,))
+    assert "trigger" in refused.value.diag.message_hint
+    assert count_active(db, job_id) == 3
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
+    answer = Client(make_app()).stop(job_id)
+    assert (answer.status, answer.json["sqlstate"]) == (500, "27000")
+    assert "could not be stopped" in answer.json["message"]
+
+
+@pytest.mark.parametrize("sqlstate", ["P0002", "55000", "55P03", "22012", "23514", "P0001", "53400"])
+def test_the_error_of_a_trigger_is_told_as_it_is(make_app, db, make_job, sqlstate):
+    """Version 1.0: 404 "job not found" for P0002, 503 "database unavailable" for 55000."""
+    job_id = make_job(running=1)
+    db.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'the application says no' USING ERRCODE = '{sqlstate}';
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()""")
+
+    answer = Client(make_app(lock_timeout="300ms")).stop(job_id)
+    assert (answer.status, answer.json["sqlstate"]) == (500, sqlstate)
+    assert "the application says no" in answer.json["message"]
+    assert count_active(db, job_id) == 1

@@ -1,0 +1,280 @@
+"""sql/38_emergency_stop_faults.sql: whatever would keep the brake from working is named before it is needed."""
+
+import statistics
+import time
+
+import psycopg
+import pytest
+from conftest import in_thread
+
+FAULTS = "SELECT * FROM emergency_stop_faults()"
+
+
+@pytest.fixture
+def faults(service):
+    """What the service's role is told."""
+
+    def faults():
+        return [fault for (fault,) in service.execute(FAULTS)]
+
+    return faults
+
+
+def test_after_the_installation_there_is_none_for_the_service_and_for_the_owner(db, faults):
+    assert faults() == []
+    assert db.execute(FAULTS).fetchall() == []
+
+
+# What is done to the installation, what is said then, and what mends it.
+FAULTY = {
+    "a disabled trigger": (
+        "ALTER TABLE executions DISABLE TRIGGER guard_inserted_executions",
+        "trigger guard_inserted_executions on table executions is disabled",
+        "ALTER TABLE executions ENABLE TRIGGER guard_inserted_executions",
+    ),
+    "a trigger for replicas only": (
+        "ALTER TABLE jobs ENABLE REPLICA TRIGGER guard_updated_job",
+        "trigger guard_updated_job on table jobs is disabled",
+        "ALTER TABLE jobs ENABLE ALWAYS TRIGGER guard_updated_job",
+    ),
+    "a trigger that is gone": (
+        "ALTER TRIGGER guard_updated_execution ON executions RENAME TO another",
+        "trigger guard_updated_execution on table executions is missing",
+        "ALTER TRIGGER another ON executions RENAME TO guard_updated_execution",
+    ),
+    "records that can be changed": (
+        "ALTER TABLE emergency_stops DISABLE TRIGGER ALL",
+        "trigger append_only on table emergency_stops is disabled",
+        "ALTER TABLE emergency_stops ENABLE TRIGGER ALL",
+    ),
+    "a function that is gone": (
+        "ALTER FUNCTION get_job(text) RENAME TO another",
+        "function get_job(text) is missing",
+        "ALTER FUNCTION another(text) RENAME TO get_job",
+    ),
+    "a helper that is gone": (
+        "ALTER FUNCTION job_barrier(text) RENAME TO another",
+        "function job_barrier(text) is missing",
+        "ALTER FUNCTION another(text) RENAME TO job_barrier",
+    ),
+    "a function with other arguments": (
+        "ALTER FUNCTION release_job(text,text,text,jsonb) RENAME TO another; CREATE FUNCTION release_job(int) RETURNS int RETURN 1",
+        "function release_job(text,text,text,jsonb) is missing: the one that is there has other arguments",
+        "DROP FUNCTION release_job; ALTER FUNCTION another RENAME TO release_job",
+    ),
+    "a function that runs as its caller": (
+        "ALTER FUNCTION emergency_stop_job SECURITY INVOKER",
+        "function emergency_stop_job(text,text,boolean,jsonb) is not the one that was installed: it was changed since",
+        "ALTER FUNCTION emergency_stop_job SECURITY DEFINER",
+    ),
+    "a function that the role may not execute": (
+        "REVOKE EXECUTE ON FUNCTION emergency_stop_jobs FROM beacon_service",
+        "role beacon_service may not execute function emergency_stop_jobs(text[],text,jsonb,boolean,interval)",
+        "GRANT EXECUTE ON FUNCTION emergency_stop_jobs TO beacon_service",
+    ),
+    "a state of executions that is forbidden": (
+        "ALTER TABLE executions ADD CHECK (status IN ('pending', 'running', 'done'))",
+        "constraint executions_status_check on table executions forbids the status failed",
+        "ALTER TABLE executions DROP CONSTRAINT executions_status_check",
+    ),
+    "a state of jobs that is forbidden, by a function": (
+        "CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'unknown state %', $1; END $$;"
+        "ALTER TABLE jobs ADD CONSTRAINT known CHECK (is_known(status))",
+        "constraint known on table jobs forbids the status failed",
+        "ALTER TABLE jobs DROP CONSTRAINT known",
+    ),
+    "a table that is gone": (
+        "ALTER TABLE emergency_stops RENAME TO another",
+        "table emergency_stops is missing",
+        "ALTER TABLE another RENAME TO emergency_stops",
+    ),
+    "an index that is not valid": (
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'executions_job_id_unfinished_idx'::regclass",
+        "index executions_job_id_unfinished_idx is not valid",
+        "UPDATE pg_index SET indisvalid = true WHERE indexrelid = 'executions_job_id_unfinished_idx'::regclass",
+    ),
+    "an index that is gone": (
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another",
+        "index executions_job_id_id_idx is missing",
+        "ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
+    "no foreign key": (
+        "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
+        "warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist",
+        "ALTER TABLE executions ADD CONSTRAINT executions_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs",
+    ),
+    "a list of functions that is gone": (
+        "ALTER FUNCTION installed_functions() RENAME TO another",
+        "the installation is not complete: the list of the functions that were installed is missing",
+        "ALTER FUNCTION another() RENAME TO installed_functions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_each_fault_is_named_until_it_is_mended(db, faults, name):
+    break_it, sentence, mend_it = FAULTY[name]
+
+    db.execute(break_it)
+    assert faults() == [sentence]
+    db.execute(mend_it)
+    assert faults() == []
+
+
+def test_a_function_that_was_replaced_is_named(db, faults):
+    db.execute("""
+        CREATE OR REPLACE FUNCTION commit_durably() RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp
+        AS $$ BEGIN END $$""")
+
+    assert faults() == ["function commit_durably() is not the one that was installed: it was changed since"]
+
+
+def test_constraints_that_let_a_status_become_failed_are_none(db, faults):
+    db.execute("""
+        ALTER TABLE executions ADD CHECK (status IN ('pending', 'running', 'failed')), ADD CHECK (length(status) < 20),
+            ADD CHECK (status = 'pending' OR created_at IS NOT NULL), ADD CHECK (created_at > '2000-01-01');
+        ALTER TABLE jobs ADD CHECK (NULLIF(status, 'failed') <> 'odd')""")
+
+    assert faults() == []
+
+
+def test_a_role_that_calls_for_another_is_asked_for_as_that_one(db, service, faults):
+    db.execute("DO $$ BEGIN CREATE ROLE beacon_caller; EXCEPTION WHEN duplicate_object THEN END $$")
+    db.execute("GRANT beacon_caller TO beacon_service")
+    db.execute("GRANT EXECUTE ON FUNCTION emergency_stop_faults() TO beacon_caller")
+    try:
+        service.execute("SET ROLE beacon_caller")
+        assert "role beacon_caller may not execute function get_job(text)" in faults()
+    finally:
+        service.execute("RESET ROLE")
+        db.execute("DROP OWNED BY beacon_caller; DROP ROLE beacon_caller")
+
+
+def test_a_read_only_database_is_named(service, faults):
+    service.execute("SET default_transaction_read_only = on")
+
+    assert faults() == ["this database is read-only: nothing can be stopped here"]
+
+
+@pytest.fixture
+def weak_owner(db):
+    """The functions belong to a role that is no superuser; it has its rights on the tables, and no others."""
+    db.execute("DO $$ BEGIN CREATE ROLE beacon_weak_owner; EXCEPTION WHEN duplicate_object THEN END $$")
+    db.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_weak_owner; GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner")
+    db.execute("""
+        DO $$
+        DECLARE f regprocedure;
+        BEGIN
+            FOR f IN SELECT p.oid FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace LOOP
+                EXECUTE format('ALTER FUNCTION %s OWNER TO beacon_weak_owner', f);
+            END LOOP;
+        END
+        $$""")
+    yield "beacon_weak_owner"
+    db.execute("REASSIGN OWNED BY beacon_weak_owner TO CURRENT_USER; DROP OWNED BY beacon_weak_owner; DROP ROLE beacon_weak_owner")
+
+
+def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_owner):
+    ends, sees = faults()
+    assert ends.startswith("warning: role beacon_weak_owner, which owns the functions, may not end the sessions of other roles")
+    assert sees.startswith("warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do")
+
+    db.execute(ends.split(": ")[-1])
+    db.execute(sees.split(": ")[-1])
+    assert faults() == []
+
+
+def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner):
+    db.execute("REVOKE UPDATE ON executions FROM beacon_weak_owner")
+
+    assert "role beacon_weak_owner, which owns the functions, may not update table executions" in faults()
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops"])
+def test_row_level_security_that_hides_rows_from_the_owner_is_named(db, faults, weak_owner, table):
+    sentence = f"row-level security on table {table} hides rows from role beacon_weak_owner, which owns the functions"
+    db.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    assert sentence in faults()
+
+    db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
+    assert sentence not in faults()
+    db.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+    assert sentence in faults()
+    db.execute("ALTER ROLE beacon_weak_owner BYPASSRLS")
+    assert sentence not in faults()
+    db.execute("ALTER ROLE beacon_weak_owner NOBYPASSRLS")
+
+
+def test_a_state_of_executions_that_no_stop_knows_is_a_warning(db, make_job, faults):
+    make_job(running=5, queued=5, completed=5)
+    db.execute("ANALYZE executions")
+
+    assert faults() == ["warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"]
+
+
+def test_it_waits_for_nobody_and_holds_up_nobody(db, connect, make_job, service, faults):
+    job_id = make_job(running=1)
+    holder = connect(autocommit=False)
+    holder.execute("LOCK TABLE jobs, executions, emergency_stops IN ACCESS EXCLUSIVE MODE")
+    service.execute("SET statement_timeout = '2s'")
+
+    assert faults() == []
+    holder.rollback()
+    service.execute("BEGIN")
+    faults()
+    tables = "SELECT count(*) FROM pg_locks WHERE pid = %s AND relation = ANY ('{jobs,executions,emergency_stops}'::regclass[])"
+    assert db.execute(tables, (service.info.backend_pid,)).fetchone() == (0,)
+    service.execute("COMMIT")
+    assert db.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["executions_stopped"] == 1
+
+
+def test_it_takes_a_few_milliseconds(service, faults):
+    times = []
+    for _ in range(30):
+        began = time.perf_counter()
+        faults()
+        times.append(time.perf_counter() - began)
+
+    assert statistics.median(times) < 0.02  # 3 ms on a quiet machine
+
+
+def test_checks_beside_it_do_not_disturb_a_stop(db, make_job, connect, service_url, stop):
+    jobs = [make_job(running=42) for _ in range(20)]
+    over = []
+
+    def check(session):
+        while not over:
+            assert session.execute(FAULTS).fetchall() == []
+
+    with in_thread(check, connect(service_url)), in_thread(check, connect(service_url)):
+        try:
+            answers = [stop(job_id) for job_id in jobs]
+        finally:
+            over.append(True)
+    assert [answer["executions_stopped"] for answer in answers] == [42] * 20
+
+
+def test_installing_again_does_away_with_changed_functions(db, owner_url, faults):
+    db.execute("ALTER FUNCTION get_job(text) SECURITY INVOKER")
+    assert len(faults()) == 1
+
+    beacon_stop_init(owner_url)
+    assert faults() == []
+
+
+def beacon_stop_init(url):
+    import beacon_stop
+
+    beacon_stop.init_db(url)
+
+
+def test_strangers_may_not_ask(db, connect, owner_url):
+    db.execute("DROP ROLE IF EXISTS beacon_stranger; CREATE ROLE beacon_stranger LOGIN PASSWORD 'stranger-in-tests'")
+    stranger = connect(psycopg.conninfo.make_conninfo(owner_url, user="beacon_stranger", password="stranger-in-tests"))
+
+    for call in ("emergency_stop_faults()", "emergency_stop_status('a')", "emergency_stop_dry_run('a')", "runaway_jobs()",
+                 "release_job('a', 'b', 'c')", "confirm_stopped('{1}')"):  # fmt: skip
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for function"):
+            stranger.execute(f"SELECT {call}")
+    stranger.close()
+    db.execute("DROP ROLE beacon_stranger")

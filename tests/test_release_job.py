@@ -1,0 +1,226 @@
+"""sql/36_release_job.sql: the one way back, on purpose, with a reason, on record."""
+
+import json
+
+import psycopg
+import pytest
+from conftest import in_thread, is_waiting, wait_until
+
+RELEASE = "SELECT release_job(%s, %s, %s)"
+
+
+@pytest.fixture
+def release(service):
+    def release(id, reason="mended", status="pending"):
+        return service.execute(RELEASE, (id, reason, status)).fetchone()[0]
+
+    return release
+
+
+def test_the_job_goes_on_and_its_executions_stay_failed(db, make_job, stop, release):
+    job_id = make_job(metadata={"owner": "me"}, running=2, completed=1)
+    stop(job_id, "too many")
+    executions = db.execute("SELECT * FROM executions ORDER BY id").fetchall()
+
+    answer = release(job_id)
+    status, metadata, updated_at, utc = db.execute(
+        "SELECT status, metadata, updated_at > now() - interval '10 s', to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+        " FROM jobs"
+    ).fetchone()
+    assert list(answer) == ["ok", "message", "job_id", "previous_status", "new_status", "released_at", "reason"]
+    assert answer == {
+        "ok": True, "message": "Job released", "job_id": job_id, "previous_status": "failed", "new_status": "pending",
+        "released_at": utc, "reason": "mended",
+    }  # fmt: skip
+    assert (status, updated_at) == ("pending", True)
+    assert list(metadata) == ["owner", "reason", "stopped_at", "stopped_by"]
+    assert db.execute("SELECT * FROM executions ORDER BY id").fetchall() == executions
+    db.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        db.execute("UPDATE executions SET status = 'running', output = '{}' WHERE status = 'failed'")
+    assert stop(job_id)["executions_stopped"] == 1
+
+
+def test_it_is_on_record(db, service, make_job, stop):
+    job_id = make_job(running=2)
+    stop(job_id)
+    service.execute("SELECT release_job(%s, 'mended', 'paused', '{\"actor\": \"ann\"}')", (job_id,))
+
+    columns = "action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, database_user"
+    assert db.execute(f"SELECT {columns} FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (
+        "release", job_id, "failed", "paused", 0, 0, "mended", {"actor": "ann"}, "beacon_service",
+    )  # fmt: skip
+    assert db.execute("SELECT stopped_at = (SELECT updated_at FROM jobs) FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (True,)
+
+
+def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
+    going_on, failed, released = make_job(), make_job(status="failed"), make_job(running=1)
+    stop(released)
+    release(released)
+    before = db.execute("SELECT * FROM jobs").fetchall()
+
+    assert release("unknown") == {"error": "job not found", "job_id": "unknown"}
+    assert list(release(going_on)) == ["error", "job_id", "status"]
+    assert release(going_on) == {"error": "job is not stopped", "job_id": going_on, "status": "processing"}
+    assert release(failed) == {"error": "job is not stopped", "job_id": failed, "status": "failed"}
+    assert release(released) == {"error": "job is not stopped", "job_id": released, "status": "pending"}
+    assert db.execute("SELECT * FROM jobs").fetchall() == before
+    assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (2,)
+
+
+def test_a_job_that_failed_by_itself_and_was_stopped_then_is_released(db, make_job, stop, release):
+    job_id = make_job(status="failed", metadata=[1, 2])
+    assert stop(job_id)["action"] == "none"
+
+    assert release(job_id)["previous_status"] == "failed"
+    assert db.execute("SELECT status, metadata FROM jobs").fetchone() == ("pending", [1, 2])
+
+
+def test_a_job_that_only_has_the_mark_is_released(db, make_job, release):
+    job_id = make_job(status="completed", metadata={"emergency_stop": True, "owner": "me"})
+
+    assert release(job_id, status="completed")["new_status"] == "completed"
+    assert db.execute("SELECT status, metadata FROM jobs").fetchone() == ("completed", {"owner": "me"})
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [(None, "pending"), ("", "pending"), ("  ", "pending"), ("x" * 1001, "pending"), ("r", None), ("r", ""), ("r", "x" * 256), ("r", "failed")],
+)
+def test_without_a_reason_or_a_state_to_go_on_in_it_is_refused(db, make_job, stop, release, reason, status):
+    job_id = make_job(running=1)
+    stop(job_id)
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected"):
+        release(job_id, reason, status)
+    assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
+
+
+def test_a_caller_that_is_no_object_is_refused(make_job, stop, service):
+    job_id = make_job(running=1)
+    stop(job_id)
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="caller"):
+        service.execute("SELECT release_job(%s, 'mended', 'pending', '[1]')", (job_id,))
+
+
+def test_the_longest_reason_and_state_do(make_job, stop, release):
+    job_id = make_job(running=1)
+    stop(job_id)
+
+    assert release(job_id, "x" * 1000, "y" * 255)["new_status"] == "y" * 255
+
+
+def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_job, stop, service):
+    job_id = make_job(running=1)
+    stop(job_id)
+
+    service.execute("SET default_transaction_isolation = 'repeatable read'")
+    with pytest.raises(psycopg.errors.InvalidTransactionState):
+        service.execute(RELEASE, (job_id, "mended", "pending"))
+    service.execute("RESET default_transaction_isolation; SET default_transaction_read_only = on")
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        service.execute(RELEASE, (job_id, "mended", "pending"))
+
+
+@pytest.mark.parametrize("hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"])
+def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, stop, connect, service, release, hold):
+    job_id = make_job(running=1)
+    stop(job_id)
+    holder = connect(autocommit=False, application_name="a worker")
+    holder.execute(hold)
+    service.execute("SET lock_timeout = '200ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked") as error:
+        release(job_id)
+    (named,) = json.loads(error.value.diag.message_detail)
+    assert (named["pid"], named["application_name"]) == (holder.info.backend_pid, "a worker")
+    assert list(named) == ["pid", "application_name", "database_user", "state", "transaction_seconds", "query"]
+    assert service.execute("SHOW lock_timeout").fetchone() == ("200ms",)
+    assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
+    holder.rollback()
+    assert release(job_id)["ok"]
+
+
+def test_a_release_that_is_not_committed_is_named_to_a_stop(make_job, stop, connect, service, service_url):
+    job_id = make_job(running=1)
+    stop(job_id)
+    operator = connect(service_url, autocommit=False)
+    operator.execute(RELEASE, (job_id, "mended", "pending"))
+
+    blockers = service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
+    assert blockers == [(operator.info.backend_pid,)]
+    assert operator.execute("SHOW lock_timeout").fetchone() == ("0",)
+
+
+def test_of_two_at_once_one_releases_the_job(db, make_job, stop, connect, service_url):
+    job_id = make_job(running=1)
+    stop(job_id)
+    first, second = connect(service_url, autocommit=False), connect(service_url)
+
+    assert first.execute(RELEASE, (job_id, "mended", "pending")).fetchone()[0]["ok"]
+    with in_thread(lambda: second.execute(RELEASE, (job_id, "mended", "paused")).fetchone()[0]) as waiting:
+        wait_until(lambda: is_waiting(db, second))
+        first.commit()
+    assert waiting.result == {"error": "job is not stopped", "job_id": job_id, "status": "pending"}
+    assert db.execute("SELECT count(*) FROM emergency_stops WHERE action = 'release'").fetchone() == (1,)
+
+
+def test_the_permission_ends_with_the_release_even_in_its_transaction(make_job, stop, connect):
+    job_id, other = make_job(running=1), make_job(running=1)
+    stop(job_id)
+    stop(other)
+    owner = connect(autocommit=False)
+    owner.execute(RELEASE, (job_id, "mended", "completed"))
+    owner.execute("SELECT emergency_stop_job(%s)", (job_id,))
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+        owner.execute("UPDATE jobs SET status = 'pending', metadata = '{}' WHERE id = %s", (other,))
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["RETURN NULL", "NEW.status := OLD.status; RETURN NEW", "NEW.metadata := OLD.metadata; RETURN NEW"],
+)
+def test_a_trigger_that_undoes_the_release_makes_it_fail(db, make_job, stop, release, body):
+    job_id = make_job(running=1)
+    stop(job_id)
+    db.execute(f"""
+        CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; END $$;
+        CREATE TRIGGER undo BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION undo()""")
+
+    with pytest.raises(psycopg.errors.TriggeredDataChangeViolation, match="was not released") as error:
+        release(job_id)
+    assert error.value.diag.message_detail.startswith("Its status is ")
+    assert db.execute("SELECT count(*) FROM emergency_stops WHERE action = 'release'").fetchone() == (0,)
+
+
+def test_it_waits_for_the_disk_although_the_session_does_not(make_job, stop, connect, service_url):
+    job_id = make_job(running=1)
+    stop(job_id)
+    operator = connect(service_url, autocommit=False)
+    operator.execute("SET synchronous_commit = off")
+
+    operator.execute(RELEASE, (job_id, "mended", "pending"))
+    assert operator.execute("SHOW synchronous_commit").fetchone() == ("on",)
+
+
+def test_a_flood_of_sharers_does_not_starve_it(db, make_job, stop, connect, release):
+    """Careful workers lock the job FOR SHARE before they insert."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    sessions = [connect(autocommit=False) for _ in range(8)]
+    over = []
+
+    def share(session):
+        while not over:
+            session.execute("SELECT FROM jobs WHERE id = %s FOR SHARE", (job_id,))
+            session.execute("SELECT pg_sleep(0.002)")
+            session.rollback()
+
+    with in_thread(share, sessions[0]), in_thread(share, sessions[1]), in_thread(share, sessions[2]), in_thread(share, sessions[3]):
+        try:
+            answer = release(job_id)
+        finally:
+            over.append(True)
+    assert answer["ok"]

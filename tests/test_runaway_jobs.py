@@ -1,0 +1,151 @@
+"""sql/37_runaway_jobs.sql: which job it is, at a cost that the size of the tables has no part in."""
+
+import psycopg
+import pytest
+
+
+@pytest.fixture
+def runaways(service):
+    def runaways(minutes=5, max_jobs=20):
+        return service.execute("SELECT runaway_jobs(%s, %s)", (minutes, max_jobs)).fetchone()[0]
+
+    return runaways
+
+
+def add(db, job_id, count, minutes_ago=0, status="completed"):
+    """Executions as they are after a while: the guard, which forbids nothing here, is left out for speed."""
+    db.execute("SET session_replication_role = replica")
+    db.execute(
+        "INSERT INTO executions (job_id, status, created_at) SELECT %s, %s, now() - make_interval(mins => %s) FROM generate_series(1, %s)",
+        (job_id, status, minutes_ago, count),
+    )
+    db.execute("RESET session_replication_role")
+
+
+def test_the_job_that_starts_most_comes_first_then_the_one_with_most_active(db, make_job, runaways):
+    few, many, waiting, old = make_job("few"), make_job("many"), make_job("waiting"), make_job("old")
+    add(db, old, 50, minutes_ago=60)
+    add(db, waiting, 30, minutes_ago=60, status="pending")
+    add(db, few, 2, status="running")
+    add(db, many, 12)
+    add(db, many, 8, minutes_ago=2, status="processing")
+
+    answer = runaways()
+    assert list(answer) == ["minutes", "jobs", "truncated"]
+    assert (answer["minutes"], answer["truncated"]) == (5, False)
+    assert [list(job.values())[:5] for job in answer["jobs"]] == [
+        ["many", "processing", 20, 4, 8],
+        ["few", "processing", 2, 0.4, 2],
+        ["waiting", "processing", 0, 0, 30],
+    ]
+    assert list(answer["jobs"][0]) == ["job_id", "status", "started", "per_minute", "active", "oldest_active_at"]
+    oldest = "SELECT to_char(min(created_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM executions WHERE job_id = %s AND status = %s"
+    assert answer["jobs"][0]["oldest_active_at"] == db.execute(oldest, ("many", "processing")).fetchone()[0]
+    assert [job["job_id"] for job in runaways(minutes=1)["jobs"]] == ["many", "few", "waiting"]
+    assert runaways(minutes=1)["jobs"][0]["started"] == 12
+
+
+def test_a_job_that_was_stopped_shows_that_it_was(make_job, stop, runaways):
+    job_id = make_job(running=3)
+    stop(job_id)
+
+    (job,) = runaways()["jobs"]
+    assert (job["status"], job["started"], job["active"], job["oldest_active_at"]) == ("failed", 3, 0, None)
+
+
+def test_without_any_execution_there_is_none(runaways):
+    assert runaways() == {"minutes": 5, "jobs": [], "truncated": False}
+
+
+def test_executions_in_other_states_are_started_but_not_active(make_job, runaways):
+    make_job(queued=3, running=1)
+
+    (job,) = runaways()["jobs"]
+    assert (job["started"], job["active"]) == (4, 1)
+
+
+def test_more_jobs_than_asked_for_are_cut_off_and_that_is_said(make_job, runaways):
+    for count in (1, 3, 2):
+        make_job(f"job-{count}", running=count)
+
+    answer = runaways(max_jobs=2)
+    assert ([job["job_id"] for job in answer["jobs"]], answer["truncated"]) == (["job-3", "job-2"], True)
+    assert runaways(max_jobs=3)["truncated"] is False
+
+
+def test_all_of_many_new_executions_are_counted_among_more_old_ones(db, make_job, runaways):
+    add(db, make_job("old"), 20_000, minutes_ago=60)
+    add(db, make_job("runaway"), 30_000)
+
+    answer = runaways()
+    assert [(job["job_id"], job["started"]) for job in answer["jobs"]] == [("runaway", 30_000)]
+    assert answer["truncated"] is False
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_beyond_a_hundred_thousand_it_says_that_there_are_more(db, make_job, runaways, has_index):
+    if has_index:
+        db.execute("CREATE INDEX executions_created_at ON executions (created_at)")
+    add(db, make_job("a"), 30_000, status="pending")
+    add(db, make_job("b"), 90_000, status="pending")
+    db.execute("VACUUM ANALYZE executions")
+
+    answer = runaways()
+    first = answer["jobs"][0]
+    assert (first["job_id"], answer["truncated"]) == ("b", True)
+    assert 10_000 <= first["started"] <= 90_000
+    assert 1_000 <= first["active"] <= 90_000
+
+
+def test_an_index_on_the_time_finds_what_the_order_of_the_ids_hides(db, make_job, runaways):
+    db.execute("CREATE INDEX executions_created_at ON executions (created_at)")
+    add(db, make_job("hidden"), 3)
+    add(db, make_job("old"), 2_000, minutes_ago=60)
+
+    assert [(job["job_id"], job["started"]) for job in runaways()["jobs"]] == [("hidden", 3)]
+
+
+def test_without_any_index_that_tells_it_knows_what_has_not_ended(db, make_job, runaways):
+    db.execute("ALTER TABLE executions DROP CONSTRAINT executions_pkey")
+    job_id = make_job(running=3, completed=4)
+
+    answer = runaways()
+    assert [(job["job_id"], job["started"], job["active"]) for job in answer["jobs"]] == [(job_id, 3, 3)]
+    assert answer["truncated"] is True
+
+
+@pytest.mark.parametrize(
+    ("minutes", "max_jobs", "named"), [(0, 20, "minutes"), (1441, 20, "minutes"), (None, 20, "minutes"), (5, 0, "max_jobs"), (5, 101, "max_jobs")]
+)
+def test_arguments_out_of_range_are_refused(runaways, minutes, max_jobs, named):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"{named} is"):
+        runaways(minutes, max_jobs)
+    assert runaways(1440, 100)["jobs"] == []
+
+
+def test_it_works_in_a_read_only_transaction(make_job, service, runaways):
+    make_job(running=1)
+    service.execute("SET default_transaction_read_only = on")
+
+    assert len(runaways()["jobs"]) == 1
+
+
+@pytest.mark.parametrize("analyzed", [True, False])
+def test_of_many_old_executions_it_reads_few(db, make_job, connect, analyzed):
+    """Also where the statistics are those of an empty table."""
+    if not analyzed:
+        db.execute("ANALYZE executions")
+    add(db, make_job("old"), 200_000, minutes_ago=60)
+    add(db, make_job("runaway"), 400, status="running")
+    if analyzed:
+        db.execute("ANALYZE executions")
+    reader = connect()
+    read = "SELECT COALESCE(sum(seq_tup_read + idx_tup_fetch), 0) FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+
+    for _ in range(8):  # after five calls PostgreSQL may take a plan that knows no arguments
+        with reader.transaction():
+            before = reader.execute(read).fetchone()[0]
+            answer = reader.execute("SELECT runaway_jobs()").fetchone()[0]
+            rows = reader.execute(read).fetchone()[0] - before
+        assert (answer["jobs"][0]["job_id"], answer["jobs"][0]["started"]) == ("runaway", 400)
+        assert 400 < rows < 10_000
