@@ -1249,7 +1249,7 @@ class Client(BaseHTTPRequestHandler):
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
         length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
-        codings = [each.strip().lower() for each in (coding or "chunked").split(",")]
+        codings = [each.strip().lower() for each in ("chunked" if coding is None else coding).split(",")]
         if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
             raise bad("Content-Length cannot be read: expected one whole number")
         if coding is not None and (length or not is_modern or codings[-1] != "chunked" or "chunked" in codings[:-1]):

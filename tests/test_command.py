@@ -74,13 +74,14 @@ def test_a_taken_port_stops_the_start(start_service, capsys, monkeypatch):
         monkeypatch.setenv(key, value)
 
     assert beacon_stop.main(["serve", "--port", port]) == 2
-    assert capsys.readouterr().err == f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port")
 
 
 def test_settings_as_they_are_meant():
     settings = beacon_stop.Settings.from_environment(GOOD)
     assert (settings.lock_timeout, settings.statement_timeout, settings.admin_pool, settings.read_pool) == (2, 60, 4, 4)
-    assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(60, 60), beacon_stop.Rate(10, 60))
+    assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(600, 60), beacon_stop.Rate(10, 60))
     assert (settings.read_rate, settings.trusted_proxies) == (beacon_stop.Rate(300, 60), 0)
 
     assert settings.read_database_url == settings.database_url == GOOD["DATABASE_URL"]
