@@ -1238,8 +1238,10 @@ class Client(BaseHTTPRequestHandler):
             raise bad("request target cannot be read: expected a path that begins with /")
         self.raw_requestline, _, rest = head.partition(b"\r\n")
         stream, self.rfile = self.rfile, cast(Any, BytesIO(rest))
-        self.parse_request()
-        self.rfile = stream
+        try:
+            self.parse_request()
+        finally:
+            self.rfile, self.close_connection = stream, True
         fields: dict[str, str] = {}
         for name, value in self.headers.items():
             if "_" not in name:  # in the environ it could pass for the one with a dash
