@@ -528,7 +528,7 @@ class LogHandler(QueueHandler):
 
 
 class LogWriter(QueueListener):
-    """Writes each record to stderr as a line of JSON. It is no Handler: the end of the process would wait for its lock."""
+    """Writes each record to stderr as a line of JSON. No Handler: the end of the process would wait for its lock."""
 
     def handle(self, record: logging.LogRecord) -> None:
         stamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
