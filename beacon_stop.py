@@ -90,7 +90,11 @@ FUNCTIONS = [
     "list_executions(text,text,text,bigint,bigint)", "timeout_stuck_jobs(interval,integer)",
     "repair_stuck_jobs(interval,integer)",
 ]  # fmt: skip
-GROUP_FUNCTION = "emergency_stop_jobs(text[],text,jsonb,boolean,interval)"  # single stops can do without
+# Single stops can do without. On a PL/Proxy front a group would not be one transaction, and as slow as its slowest shard.
+CAN_GROUP = """
+    SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
+           AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
+"""
 
 # Path, method, the Application's method that answers (also the event in the log), and whose rate limit counts.
 ROUTES = [
@@ -688,7 +692,7 @@ class Database:
                 (f"{self.settings.lock_timeout * 1000:.0f}", f"{timeout * 1000:.0f}"),
             )
         if name == "group":
-            self.has_group_function = not connection.execute(MISSING_FUNCTIONS, ([GROUP_FUNCTION],)).fetchone()
+            self.has_group_function = connection.execute(CAN_GROUP).fetchone() == (True,)
         connection.only_cursor = connection.cursor()
 
     @property

@@ -16,7 +16,8 @@
 --          for the next call.
 
 -- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have
--- been, or the job was released after that. A release counts by its record: a worker may write an old updated_at back.
+-- been, or the job was stopped or released after that. A release counts by its record: a worker may write an old
+-- updated_at back.
 -- Returns  true or false
 -- Raises   nothing of its own
 -- Locks    nothing
@@ -36,7 +37,7 @@ BEGIN
     LIMIT 1;
     IF NOT FOUND THEN
         PERFORM FROM emergency_stops s
-        WHERE s.job_id = job_has_progressed.id AND s.action = 'release' AND s.stopped_at > since
+        WHERE s.job_id = job_has_progressed.id AND s.stopped_at > since
         LIMIT 1;
     END IF;
     RETURN FOUND;
@@ -44,7 +45,7 @@ END;
 $$;
 REVOKE ALL ON FUNCTION job_has_progressed(text, timestamptz) FROM PUBLIC;
 COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS
-    'Whether an execution of this job was added, started or completed since, or may have been, or the job was released. Locks nothing.';
+    'Whether an execution of this job was added, started or completed since, or may have been, or the job was stopped or released. Locks nothing.';
 
 -- time_out_job(id, since, at): fails one job with its active executions, if it is still stuck; `at` is when.
 -- Returns  {"job_id": "a", "previous_status": "processing", "executions_stopped": 3}
@@ -63,7 +64,7 @@ DECLARE
     v_before  text;
     v_after   text;
     v_failed  bigint;
-    v_stopped bigint := 0;
+    v_stopped bigint := 0::bigint;
     v_active  boolean;
 BEGIN
     PERFORM pg_advisory_xact_lock(v_barrier);

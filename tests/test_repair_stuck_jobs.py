@@ -43,10 +43,12 @@ def test_a_timed_out_job_is_republished_and_runs_again(db, make_job, repair):
     assert (status, metadata["owner"], metadata["republish_count"]) == ("pending", "me", 1)
     assert metadata["republished_at"] == updated_at.strftime("%Y-%m-%dT%H:%M:%SZ")
     assert db.execute("SELECT * FROM executions ORDER BY id").fetchall() == executions
-    record = (
-        "SELECT job_id, previous_status, executions_stopped, attempt, database_user, changed_at FROM batch_changes WHERE operation = %s"
-    )
-    assert db.execute(record, ("repair_stuck_jobs",)).fetchall() == [(job_id, "failed", None, 1, "beacon_service", updated_at)]
+    record = """
+        SELECT job_id, previous_status, executions_stopped, attempt, database_user, changed_at
+        FROM batch_changes WHERE operation = %s"""
+    assert db.execute(record, ("repair_stuck_jobs",)).fetchall() == [
+        (job_id, "failed", None, 1, "beacon_service", updated_at)
+    ]
 
     db.execute("UPDATE jobs SET status = 'processing'")
     db.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
@@ -56,7 +58,9 @@ def test_a_timed_out_job_is_republished_and_runs_again(db, make_job, repair):
 def test_only_jobs_that_failed_within_the_time_are_republished(db, make_job, stop, repair):
     failed = [make_job(f"failed-{number}", status="failed") for number in range(3)]
     late = make_job("late", status="failed")
-    others = [make_job(status=status) for status in ("created", "pending", "processing", "completed", "cancelled", "odd")]
+    others = [
+        make_job(status=status) for status in ("created", "pending", "processing", "completed", "cancelled", "odd")
+    ]
     stopped = [make_job(running=1), make_job(status="failed", running=1)]
     for job_id in stopped:
         stop(job_id)
@@ -68,7 +72,10 @@ def test_only_jobs_that_failed_within_the_time_are_republished(db, make_job, sto
 
     answer = repair()
     assert ids(answer) == failed
-    assert (answer["skipped"], answer["more"]) == ({"emergency_stopped": 2, "attempts_exhausted": 0, "active": 0}, False)
+    assert (answer["skipped"], answer["more"]) == (
+        {"emergency_stopped": 2, "attempts_exhausted": 0, "active": 0},
+        False,
+    )
     assert db.execute(kept, ([late, *others, *stopped],)).fetchall() == before
     assert ids(repair("26 hours")) == [late]
 
@@ -104,14 +111,19 @@ def test_a_failed_job_with_active_executions_is_left_until_they_have_ended(db, m
     answer = repair()
     assert (answer["republished_count"], answer["more"]) == (0, False)
     assert answer["skipped"] == {"emergency_stopped": 0, "attempts_exhausted": 0, "active": 1}
-    db.execute("UPDATE executions SET status = 'failed' WHERE id = (SELECT min(id) FROM executions WHERE status = %s)", (status,))
+    db.execute(
+        "UPDATE executions SET status = 'failed' WHERE id = (SELECT min(id) FROM executions WHERE status = %s)",
+        (status,),
+    )
     assert repair()["skipped"]["active"] == 1
     db.execute("UPDATE executions SET status = 'completed'")
     assert ids(repair()) == [job_id]
 
 
 def test_each_job_is_counted_under_one_reason_only(db, make_job, stop, repair):
-    stopped, _, active = (make_job(status="failed", metadata={"republish_count": 3 - number // 2}) for number in range(3))
+    stopped, _, active = (
+        make_job(status="failed", metadata={"republish_count": 3 - number // 2}) for number in range(3)
+    )
     stop(stopped)
     db.execute("SET session_replication_role = replica")
     db.execute("INSERT INTO executions (job_id) SELECT id FROM jobs")
@@ -128,7 +140,9 @@ def test_the_first_to_fail_come_first_and_more_says_that_some_are_left(db, make_
     jobs = [make_job(status="failed") for _ in AGES]
     for job_id, minutes in zip(jobs, AGES, strict=True):
         age(db, minutes, job_id)
-    db.execute("UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[3], jobs[5]))
+    db.execute(
+        "UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3])
+    )
     by_age = [jobs[number] for number in (3, 5, 1, 4, 0, 2)]
 
     assert (repair(max_jobs=0)["republished_count"], repair(max_jobs=0)["more"]) == (0, True)
@@ -138,7 +152,8 @@ def test_the_first_to_fail_come_first_and_more_says_that_some_are_left(db, make_
 
 
 @pytest.mark.parametrize(
-    "overwritten", [None, "{}", '{"republish_count": 0}', '{"republish_count": -7.5}', '{"republish_count": "x"}', "[1]", "null"]
+    "overwritten",
+    [None, "{}", '{"republish_count": 0}', '{"republish_count": -7.5}', '{"republish_count": "x"}', "[1]", "null"],
 )
 def test_a_job_that_keeps_failing_is_republished_three_times(db, make_job, repair, overwritten):
     """Also when its worker writes metadata of its own."""
@@ -151,7 +166,9 @@ def test_a_job_that_keeps_failing_is_republished_three_times(db, make_job, repai
         db.execute("UPDATE jobs SET status = 'failed', metadata = COALESCE(%s, metadata)", (overwritten,))
     assert attempts == [1, 2, 3]
     assert (answer["republished_count"], answer["skipped"]["attempts_exhausted"], answer["more"]) == (0, 1, False)
-    assert db.execute("SELECT array_agg(attempt ORDER BY id) FROM batch_changes WHERE job_id = %s", (job_id,)).fetchone() == ([1, 2, 3],)
+    assert db.execute(
+        "SELECT array_agg(attempt ORDER BY id) FROM batch_changes WHERE job_id = %s", (job_id,)
+    ).fetchone() == ([1, 2, 3],)
 
 
 @pytest.mark.parametrize(("count", "attempts"), [(2, [3]), (3, []), (4, []), (10**30, [])])
@@ -256,15 +273,20 @@ def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, serv
     assert service.execute(blockers, (job_id,)).fetchall() == [(batch.info.backend_pid,)]
     with in_thread(batch.execute, "SELECT pg_sleep(0.5)"):  # at work, which a stop in its place would not be named for
         wait_until(
-            lambda: db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone() == ("active",)
+            lambda: (
+                db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone()
+                == ("active",)
+            )
         )
         assert service.execute(blockers, (job_id,)).fetchall() == [(batch.info.backend_pid,)]
 
 
 MEANWHILE = {
-    "republished, and failed again": "SELECT repair_stuck_jobs(); UPDATE jobs SET status = 'failed', metadata = '{}' WHERE id = 'job-2'",
+    "republished, and failed again":
+        "SELECT repair_stuck_jobs(); UPDATE jobs SET status = 'failed', metadata = '{}' WHERE id = 'job-2'",
     "stopped with executions": "SELECT emergency_stop_job('job-2')",
-    "stopped without executions": "UPDATE executions SET status = 'failed' WHERE job_id = 'job-2'; SELECT emergency_stop_job('job-2')",
+    "stopped without executions":
+        "UPDATE executions SET status = 'failed' WHERE job_id = 'job-2'; SELECT emergency_stop_job('job-2')",
     "completed": "UPDATE jobs SET status = 'completed' WHERE id = 'job-2'",
     "cancelled": "UPDATE jobs SET status = 'cancelled' WHERE id = 'job-2'",
     "pending": "UPDATE jobs SET status = 'pending' WHERE id = 'job-2'",
@@ -311,7 +333,9 @@ def test_the_route(client, make_job, db, capsys):
     answer = client("POST", "/admin/repair-stuck-jobs", **call)
     assert (answer.status, ids(answer.json)) == (200, [job_id])
     lines: list[dict[str, Any]] = []  # of the log, which no answer waits for
-    wait_until(lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2)
+    wait_until(
+        lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2
+    )
     assert [(line["event"], line["outcome"], line["jobs"]) for line in lines] == [
         ("repair_stuck_jobs", "completed", 0),
         ("repair_stuck_jobs", "completed", 1),
@@ -331,6 +355,10 @@ def test_the_record_is_append_only(db, service, make_job, repair):
     repair()
     db.execute("GRANT ALL ON batch_changes TO beacon_service")
 
-    for change in ("UPDATE batch_changes SET changed_by = 'nobody'", "DELETE FROM batch_changes", "TRUNCATE batch_changes"):
+    for change in (
+        "UPDATE batch_changes SET changed_by = 'nobody'",
+        "DELETE FROM batch_changes",
+        "TRUNCATE batch_changes",
+    ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
             service.execute(change)

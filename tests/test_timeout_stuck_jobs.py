@@ -1,4 +1,7 @@
-"""sql/60_timeout_stuck_jobs.sql: which jobs are stuck, what becomes of them, whom it waits for. Races with stops: test_hostile.py."""
+"""sql/60_timeout_stuck_jobs.sql: which jobs are stuck, what becomes of them, whom it waits for.
+
+Races with stops: test_hostile.py.
+"""
 
 import json
 import re
@@ -30,7 +33,9 @@ def ids(answer: dict[str, Any]) -> list[str]:
 
 
 def sleeps(db: psycopg.Connection, session: psycopg.Connection) -> bool:
-    return db.execute("SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)).fetchone()[0]
+    return db.execute(
+        "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)
+    ).fetchone()[0]
 
 
 def change_function(db: psycopg.Connection, name: str, found: str, instead: str) -> None:
@@ -64,8 +69,12 @@ def test_fails_the_job_and_its_active_executions_and_nothing_else(db, make_job, 
         *[({"error": "Job timed out"}, updated_at)] * 3,
     ]
     assert db.execute("SELECT * FROM executions WHERE status = 'completed' ORDER BY id").fetchall() == completed
-    record = "SELECT operation, job_id, previous_status, executions_stopped, attempt, database_user, changed_at FROM batch_changes"
-    assert db.execute(record).fetchall() == [("timeout_stuck_jobs", job_id, "processing", 6, None, "beacon_service", updated_at)]
+    record = """
+        SELECT operation, job_id, previous_status, executions_stopped, attempt, database_user, changed_at
+        FROM batch_changes"""
+    assert db.execute(record).fetchall() == [
+        ("timeout_stuck_jobs", job_id, "processing", 6, None, "beacon_service", updated_at)
+    ]
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
 
 
@@ -76,7 +85,10 @@ def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, st
     ended = [make_job(status=status, running=1) for status in ("completed", "failed", "cancelled")]
     stopped = make_job("stopped", running=1)
     stop(stopped)
-    progressing = [make_job(f"{name}-lately", running=2, completed=1) for name in ("updated", "added", "started", "completed", "born")]
+    progressing = [
+        make_job(f"{name}-lately", running=2, completed=1)
+        for name in ("updated", "added", "started", "completed", "born")
+    ]
     old = [*stuck, *ended, *progressing]
     age(db, 16, *old)
     db.execute("UPDATE jobs SET updated_at = now() - interval '14 minutes' WHERE id = 'updated-lately'")
@@ -84,8 +96,12 @@ def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, st
     db.execute("INSERT INTO executions (job_id, status) VALUES ('added-lately', 'pending')")
     first = "(SELECT min(id) FROM executions WHERE job_id = %s)"
     db.execute(f"UPDATE executions SET started_at = now() WHERE id = {first}", ("started-lately",))
-    db.execute(f"UPDATE executions SET status = 'completed', completed_at = now() WHERE id = {first}", ("completed-lately",))
-    kept = "SELECT * FROM jobs j LEFT JOIN executions e ON e.job_id = j.id WHERE NOT j.id = ANY (%s) ORDER BY j.id, e.id"
+    db.execute(
+        f"UPDATE executions SET status = 'completed', completed_at = now() WHERE id = {first}", ("completed-lately",)
+    )
+    kept = (
+        "SELECT * FROM jobs j LEFT JOIN executions e ON e.job_id = j.id WHERE NOT j.id = ANY (%s) ORDER BY j.id, e.id"
+    )
     before = db.execute(kept, (stuck,)).fetchall()
 
     answer = time_out()
@@ -99,7 +115,7 @@ def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, st
 
 @pytest.mark.parametrize("status", ["canceled", "succeeded", "done", "COMPLETED", "archived", "", None])
 def test_a_state_that_is_not_known_is_left_alone_by_both_batches(db, make_job, time_out, status):
-    """Version 1.0 timed out jobs that had ended in a state of the application's own, and then had them run once more."""
+    """Version 1.0 timed out jobs that had ended in a state of the application's own, and then republished them."""
     make_job(running=1, completed=1)
     db.execute("ALTER TABLE jobs ALTER status DROP NOT NULL")
     db.execute("UPDATE jobs SET status = %s", (status,))
@@ -134,7 +150,14 @@ def test_a_released_job_has_as_long_as_any_other(db, make_job, stop, time_out, s
 
 @pytest.mark.parametrize(
     ("metadata", "kept"),
-    [("[1]", {"previous_metadata": [1]}), ('"x"', {"previous_metadata": "x"}), ("null", {}), (None, {}), ("{}", {}), ('{"a": 1}', {"a": 1})],
+    [
+        ("[1]", {"previous_metadata": [1]}),
+        ('"x"', {"previous_metadata": "x"}),
+        ("null", {}),
+        (None, {}),
+        ("{}", {}),
+        ('{"a": 1}', {"a": 1}),
+    ],
 )
 def test_what_was_in_the_metadata_is_kept_whatever_it_was(db, make_job, time_out, metadata, kept):
     job_id = make_job()
@@ -160,7 +183,9 @@ def test_the_oldest_come_first_and_more_says_that_some_are_left(db, make_job, ti
         db.execute("BEGIN")
         age(db, minutes, job_id)
         db.execute("COMMIT")
-    db.execute("UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[3], jobs[5]))
+    db.execute(
+        "UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3])
+    )
     by_age = [jobs[number] for number in (3, 5, 1, 4, 0, 2)]
 
     assert (time_out(max_jobs=0)["timed_out_count"], time_out(max_jobs=0)["more"]) == (0, True)
@@ -197,7 +222,8 @@ def test_more_does_not_mean_jobs_that_get_on(db, make_job, time_out):
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
 def test_spans_of_time_that_make_no_sense_are_refused(shared_service, function, threshold):
     with pytest.raises(
-        psycopg.errors.InvalidParameterValue, match=r"(threshold|max_age) is .*: expected more than 0, at most (525600|8760)"
+        psycopg.errors.InvalidParameterValue,
+        match=r"(threshold|max_age) is .*: expected more than 0, at most (525600|8760)",
     ):
         shared_service.execute(f"SELECT {function}(%s)", (threshold,))
 
@@ -239,7 +265,9 @@ def test_what_is_acknowledged_is_flushed(service, db, make_job, changed, asynchr
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
 def test_a_read_only_transaction_is_refused(shared_service, function):
     """Also with nothing to do: on a standby, jobs may not yet be what they are on the primary."""
-    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction, match=f"{function} cannot run in a read-only transaction"):
+    with pytest.raises(
+        psycopg.errors.ReadOnlySqlTransaction, match=f"{function} cannot run in a read-only transaction"
+    ):
         shared_service.execute(f"BEGIN READ ONLY; SELECT {function}()")
     shared_service.rollback()
 
@@ -253,7 +281,7 @@ def test_rows_that_are_hidden_from_the_owner_are_an_error(service, db, make_job,
         CREATE ROLE hidden_from;
         DO $$ DECLARE v_object text; BEGIN
             GRANT CREATE, USAGE ON SCHEMA public TO hidden_from;
-            FOR v_object IN SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' LOOP
+            FOR v_object IN SELECT format('%I', tablename) FROM pg_tables WHERE schemaname = 'public' LOOP
                 EXECUTE format('ALTER TABLE %s OWNER TO hidden_from', v_object);
             END LOOP;
             FOR v_object IN SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = 'public'::regnamespace LOOP
@@ -381,7 +409,9 @@ def test_batches_keep_no_connection_from_stops(make_app, connect, db, make_job, 
     connect(autocommit=False).execute("LOCK TABLE batch_changes")
 
     with ThreadPoolExecutor(4) as callers:
-        batches = [callers.submit(client, "POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN) for _ in range(4)]
+        batches = [
+            callers.submit(client, "POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN) for _ in range(4)
+        ]
         wait_until(lambda: db.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (1,))
         assert client.stop(job_id).json["action"] == "none"
         assert not any(call.done() for call in batches)
@@ -399,7 +429,9 @@ def test_a_job_without_any_time_is_not_stuck(db, make_job, time_out):
     age(db, 20, "no time of executions", *known)
     db.execute("UPDATE jobs SET created_at = NULL WHERE id IN ('no time', 'no creation')")
     db.execute("UPDATE jobs SET updated_at = NULL WHERE id IN ('no time', 'no update')")
-    db.execute("UPDATE executions SET created_at = NULL WHERE job_id IN ('no time', 'no time of executions', 'no update')")
+    db.execute(
+        "UPDATE executions SET created_at = NULL WHERE job_id IN ('no time', 'no time of executions', 'no update')"
+    )
 
     assert sorted(ids(time_out())) == sorted(known)
 
@@ -408,13 +440,15 @@ def test_a_job_without_any_time_is_not_stuck(db, make_job, time_out):
 def test_columns_without_a_time_zone_mean_the_installers(bare_database, server_url, timezone):
     with psycopg.connect(url_of(bare_database, server_url), autocommit=True) as db:
         db.execute(
-            "CREATE TABLE jobs (id text PRIMARY KEY, status text DEFAULT 'processing', created_at timestamp DEFAULT now(), updated_at timestamp DEFAULT now())"
+            "CREATE TABLE jobs (id text PRIMARY KEY, status text DEFAULT 'processing',"
+            " created_at timestamp DEFAULT now(), updated_at timestamp DEFAULT now())"
         )
         db.execute("CREATE TABLE executions (id int, job_id text, status text, created_at timestamp DEFAULT now())")
         beacon_stop.init_db(url_of(bare_database, server_url))
         db.execute("INSERT INTO jobs (id) VALUES ('live'), ('stuck'), ('failed')")
         db.execute(
-            "UPDATE jobs SET created_at = now() - interval '20 minutes', updated_at = now() - interval '20 minutes' WHERE id = 'stuck'"
+            "UPDATE jobs SET created_at = now() - interval '20 minutes', updated_at = now() - interval '20 minutes'"
+            " WHERE id = 'stuck'"
         )
         db.execute("UPDATE jobs SET status = 'failed', updated_at = now() - interval '2 hours' WHERE id = 'failed'")
 
@@ -434,18 +468,21 @@ ID_TYPES = {
 
 @pytest.mark.parametrize("type", ID_TYPES)
 def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
-    """The ids are text in the answers, in the records and in what workers hear. In the order of the ids the first comes last."""
+    """The ids are text in the answers, in the records and in what workers hear. The first job is not first by id."""
     url = url_of(bare_database, server_url)
     first, second = ID_TYPES[type]
     with psycopg.connect(url, autocommit=True) as db:
         db.execute(f"""
-            CREATE TABLE jobs (id {type} PRIMARY KEY, status text, metadata jsonb, created_at timestamptz, updated_at timestamptz);
-            CREATE TABLE executions (id {type} PRIMARY KEY, job_id {type} REFERENCES jobs, status text, created_at timestamptz)""")
+            CREATE TABLE jobs (
+                id {type} PRIMARY KEY, status text, metadata jsonb, created_at timestamptz, updated_at timestamptz);
+            CREATE TABLE executions (
+                id {type} PRIMARY KEY, job_id {type} REFERENCES jobs, status text, created_at timestamptz)""")
         beacon_stop.init_db(url)
         for minutes, job_id in ((30, first), (20, second)):
             db.execute(
-                f"WITH job AS (INSERT INTO jobs VALUES ('{job_id}', 'processing', NULL, now() - %(age)s, now() - %(age)s) RETURNING id)"
-                f" INSERT INTO executions SELECT id, id, 'running', now() - %(age)s FROM job",
+                "WITH job AS (INSERT INTO jobs"
+                f" VALUES ('{job_id}', 'processing', NULL, now() - %(age)s, now() - %(age)s) RETURNING id)"
+                " INSERT INTO executions SELECT id, id, 'running', now() - %(age)s FROM job",
                 {"age": timedelta(minutes=minutes)},
             )
         db.execute("LISTEN job_republished")
@@ -459,7 +496,9 @@ def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
         assert {job["attempt"] for job in answer["republished_jobs"]} == {1}
         heard = [json.loads(notification.payload)["job_id"] for notification in db.notifies(timeout=5, stop_after=2)]
         assert sorted(heard) == sorted((first, second))
-        assert db.execute("SELECT array_agg(DISTINCT job_id ORDER BY job_id) FROM batch_changes").fetchone() == (sorted((first, second)),)
+        assert db.execute("SELECT array_agg(DISTINCT job_id ORDER BY job_id) FROM batch_changes").fetchone() == (
+            sorted((first, second)),
+        )
         db.execute("UPDATE jobs SET status = 'failed', metadata = NULL")
         for attempt in (2, 3):
             (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
@@ -468,13 +507,16 @@ def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
         assert db.execute("SELECT emergency_stop_job(%s)", (first,)).fetchone()[0]["action"] == "none"
         (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
         assert answer["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 1, "active": 0}
-        db.execute("UPDATE jobs SET status = 'processing', updated_at = created_at; UPDATE executions SET completed_at = created_at")
+        db.execute(
+            "UPDATE jobs SET status = 'processing', updated_at = created_at;"
+            " UPDATE executions SET completed_at = created_at"
+        )
         db.execute("UPDATE jobs SET created_at = now() WHERE id = %s", (first,))
         assert ids(db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) == [second]
 
 
 def test_a_deadlock_with_a_worker_costs_the_batch_one_job_and_the_worker_nothing(connect, db, make_job):
-    """The worker locks the job first, and the batch an execution. A server may look for deadlocks earlier than after 100 ms."""
+    """The worker locks the job first, and the batch an execution. A server may look for deadlocks early."""
     held, free = make_job(running=2), make_job(running=1)
     age(db, 30, held)
     age(db, 20, free)
@@ -516,7 +558,8 @@ def test_a_worker_that_would_wait_for_a_slow_batch_is_told_to_try_again(connect,
 TRIGGERS = {
     "a new execution for each that fails, three times each": """
         BEGIN
-            IF NEW.status = 'failed' AND OLD.status <> 'failed' AND (SELECT count(*) FROM executions WHERE job_id = NEW.job_id) < 8 THEN
+            IF NEW.status = 'failed' AND OLD.status <> 'failed'
+               AND (SELECT count(*) FROM executions WHERE job_id = NEW.job_id) < 8 THEN
                 INSERT INTO executions (job_id) VALUES (NEW.job_id);
             END IF;
             RETURN NULL;
@@ -527,14 +570,16 @@ TRIGGERS = {
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("trigger", TRIGGERS)
-def test_what_triggers_of_the_application_start_is_failed_as_well_or_nothing_is(db, make_job, time_out, trigger, deferred):
+def test_what_triggers_of_the_application_start_is_failed_as_well_or_nothing_is(
+    db, make_job, time_out, trigger, deferred
+):
     """Version 1.0 left those executions active, in a job that had failed."""
     job_id, other = make_job(running=2), make_job()
     age(db, 30, job_id, other)
     db.execute(f"CREATE FUNCTION start() RETURNS trigger LANGUAGE plpgsql AS $${TRIGGERS[trigger]}$$")
     db.execute(
-        f"CREATE CONSTRAINT TRIGGER start AFTER UPDATE ON executions {'DEFERRABLE INITIALLY DEFERRED' if deferred else ''} "
-        "FOR EACH ROW EXECUTE FUNCTION start()"
+        "CREATE CONSTRAINT TRIGGER start AFTER UPDATE ON executions"
+        f" {'DEFERRABLE INITIALLY DEFERRED' if deferred else ''} FOR EACH ROW EXECUTE FUNCTION start()"
     )
 
     answer = time_out()
@@ -588,9 +633,16 @@ def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, serv
     with in_thread(lambda: stopper.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
         wait_until(lambda: is_waiting(db, stopper))
         blockers = service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
-        with in_thread(batch.execute, "SELECT pg_sleep(0.5)"):  # at work, which a stop in its place would not be named for
+        with in_thread(
+            batch.execute, "SELECT pg_sleep(0.5)"
+        ):  # at work, which a stop in its place would not be named for
             wait_until(
-                lambda: db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone() == ("active",)
+                lambda: (
+                    db.execute(
+                        "SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)
+                    ).fetchone()
+                    == ("active",)
+                )
             )
             blockers += service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
         batch.rollback()
@@ -599,7 +651,7 @@ def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, serv
 
 
 def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
-    """100 stuck jobs beside 100,000 executions of a runaway, 5,000 of their own, 20,000 ended jobs and 1,000 that go on.
+    """100 stuck jobs beside a runaway's 100,000 executions, 5,000 of their own, 20,000 ended jobs, 4,000 that go on.
 
     The statistics are of the time of the runaway: hardly another job has executions.
     """
@@ -608,12 +660,21 @@ def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
     db.execute("ANALYZE executions")
     stuck = [make_job(running=2) for _ in range(100)]
     db.execute("SET session_replication_role = replica")
-    db.execute("INSERT INTO executions (job_id, status) SELECT 'job-' || n % 100 + 1, 'completed' FROM generate_series(1, 5000) n")
+    db.execute(
+        "INSERT INTO executions (job_id, status)"
+        " SELECT 'job-' || n % 100 + 1, 'completed' FROM generate_series(1, 5000) n"
+    )
     age(db, 20, *stuck)
     db.execute("INSERT INTO jobs (id, status) SELECT 'ended-' || n, 'completed' FROM generate_series(1, 20000) n")
     db.execute("INSERT INTO jobs (id, status) SELECT 'live-' || n, 'processing' FROM generate_series(1, 1000) n")
-    db.execute("INSERT INTO executions (job_id, status) SELECT 'live-' || n % 1000 + 1, 'running' FROM generate_series(1, 10000) n")
-    db.execute("UPDATE jobs SET updated_at = now() - interval '1 hour', created_at = updated_at WHERE id NOT LIKE 'job-%'")
+    db.execute(
+        "INSERT INTO executions (job_id, status)"
+        " SELECT 'live-' || n % 1000 + 1, 'running' FROM generate_series(1, 10000) n"
+    )
+    db.execute(
+        "UPDATE jobs SET updated_at = now() - interval '1 hour', created_at = updated_at WHERE id NOT LIKE 'job-%'"
+    )
+    db.execute("INSERT INTO jobs (id, status) SELECT 'young-' || n, 'processing' FROM generate_series(1, 3000) n")
     db.execute("ANALYZE jobs")
     reads = """
         SELECT relname, COALESCE(seq_tup_read, 0), COALESCE(idx_tup_fetch, 0) FROM pg_stat_xact_user_tables
@@ -628,6 +689,18 @@ def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
     assert executions < 30_000
 
 
+def test_of_a_job_that_goes_on_its_latest_executions_are_read_and_not_its_history(connect, db, make_job):
+    job_id = make_job(completed=5_000)
+    age(db, 60, job_id)
+    db.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'completed')", (job_id,))
+    db.execute("ANALYZE executions")
+
+    batch = connect(autocommit=False)
+    assert batch.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 0
+    reads = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+    assert batch.execute(reads).fetchone() == (0, 1)
+
+
 # --- Over HTTP ---
 
 
@@ -640,20 +713,29 @@ def test_the_route(client, db, make_job, capsys):
     assert (answer.status, answer.json["timed_out_count"], answer.json["timeout_threshold_minutes"]) == (200, 0, 17)
     answer = client("POST", "/admin/timeout-stuck-jobs", b"{}", **call)
     assert (answer.status, answer.json["timeout_threshold_minutes"]) == (200, 15)
-    assert answer.json["timed_out_jobs"] == [{"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}]
+    assert answer.json["timed_out_jobs"] == [
+        {"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}
+    ]
     lines: list[dict[str, Any]] = []  # of the log, which no answer waits for
-    wait_until(lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2)
+    wait_until(
+        lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2
+    )
     assert [(line["event"], line["outcome"], line["jobs"], line["executions_stopped"] or 0) for line in lines] == [
         ("timeout_stuck_jobs", "completed", 0, 0),
         ("timeout_stuck_jobs", "completed", 1, 3),
     ]
 
 
-ROUTES = {"/admin/timeout-stuck-jobs": ("threshold_minutes", 525_600), "/admin/repair-stuck-jobs": ("max_age_hours", 8_760)}
+ROUTES = {
+    "/admin/timeout-stuck-jobs": ("threshold_minutes", 525_600),
+    "/admin/repair-stuck-jobs": ("max_age_hours", 8_760),
+}
 
 
 @pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "+5", "5 ", "1e3", "525601", "9" * 30, "15&{}=15", "\u0661"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "1.5", "", "x", "+5", "5 ", "1e3", "525601", "9" * 30, "15&{}=15", "\u0661"]
+)
 def test_query_values_that_cannot_be_used(shared_client, path, value):
     name, highest = ROUTES[path]
     query = f"{name}={value.format(name)}".encode().decode("latin-1")
@@ -661,7 +743,8 @@ def test_query_values_that_cannot_be_used(shared_client, path, value):
     answer = shared_client("POST", path, query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
     assert answer.status == 400
     assert re.fullmatch(
-        rf"{name} (cannot be used: expected a whole number from 1 to {highest}|is given 2 times: expected once)", answer.json["error"]
+        rf"{name} (cannot be used: expected a whole number from 1 to {highest}|is given 2 times: expected once)",
+        answer.json["error"],
     )
 
 
@@ -671,6 +754,11 @@ def test_the_routes_are_guarded_like_the_stop(shared_client, make_app, path):
 
     assert shared_client("POST", path).status == 403
     assert shared_client("POST", path, HTTP_X_ADMIN_TOKEN="wrong").status == 403
-    assert (shared_client("GET", path, **token).status, shared_client("GET", path, **token).headers["Allow"]) == (405, "POST")
-    assert shared_client("POST", path, b"[]", **token).json == {"error": "body is not a JSON object: expected one such as {} or no body"}
+    assert (shared_client("GET", path, **token).status, shared_client("GET", path, **token).headers["Allow"]) == (
+        405,
+        "POST",
+    )
+    assert shared_client("POST", path, b"[]", **token).json == {
+        "error": "body is not a JSON object: expected one such as {} or no body"
+    }
     assert shared_client("POST", path, b"{}", query=f"{ROUTES[path][0]}={ROUTES[path][1]}", **token).status == 200

@@ -124,12 +124,14 @@ RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
+    v_answer json;
     v_detail text;
     v_hint   text;
 BEGIN
     FOR v_try IN 1 .. 2 LOOP
         BEGIN
-            RETURN shard_call(partition, call, arguments, current_setting('lock_timeout'));
+            v_answer := shard_call(partition, call, arguments, current_setting('lock_timeout'));
+            EXIT;
         EXCEPTION
             WHEN lock_not_available THEN
                 -- PL/Proxy puts words of its own before both.
@@ -145,6 +147,7 @@ BEGIN
                 END IF;
         END;
     END LOOP;
+    RETURN v_answer;
 END;
 $$;
 REVOKE ALL ON FUNCTION on_shard(int, text, jsonb) FROM PUBLIC;
@@ -290,7 +293,7 @@ AS $$
 DECLARE
     v_part      record;
     v_answers   json;
-    v_summaries json[] := '{}';
+    v_summaries json[] := '{}'::json[];
     v_away      text;
 BEGIN
     FOR v_part IN
@@ -334,7 +337,7 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_shard   int;
-    v_answers json[] := '{}';
+    v_answers json[] := '{}'::json[];
     v_away    text;
 BEGIN
     FOR v_shard IN SELECT DISTINCT p.shard FROM partitions() p ORDER BY 1 LOOP
@@ -371,9 +374,9 @@ RETURNS SETOF text LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none'), session_user);
+    v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none'), session_user)::name;
     v_called CONSTANT name[] := '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,
-                                  runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}';
+                                  runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}'::name[];
     v_shard  int;
 BEGIN
     RETURN QUERY
@@ -417,7 +420,7 @@ DECLARE
     v_share   int;
     v_shard   record;
     v_answer  json;
-    v_answers json[] := '{}';
+    v_answers json[] := '{}'::json[];
     v_away    text;
 BEGIN
     FOR v_shard IN

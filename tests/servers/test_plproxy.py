@@ -1,4 +1,4 @@
-"""sql/plproxy/router.sql: the service, unchanged, on a front database over shards. Real ones, on Debian's PostgreSQL 15."""
+"""sql/plproxy/router.sql: the service, unchanged, on a front database over shards, on Debian's PostgreSQL 15."""
 
 import json
 import os
@@ -35,7 +35,9 @@ NOT_ON_THE_FRONT = "confirm_stopped"  # the ids of executions belong to a shard
 
 def readme_block(language: str, containing: str) -> str:
     """A fenced block of the router's README, so that what it shows is what runs here."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "sql/plproxy/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / "sql/plproxy/README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     (block,) = [block for block in blocks if containing in block]
     return block
 
@@ -48,7 +50,9 @@ class Shards:
         self.front_url = make_conninfo(url, dbname="front", user="beacon_service", password=SERVICE_PASSWORD)
         self.front = psycopg.connect(make_conninfo(url, dbname="front"), autocommit=True)
         self.service = psycopg.connect(self.front_url, autocommit=True, options="-c statement_timeout=20s")
-        self.shards = [psycopg.connect(make_conninfo(url, dbname=f"shard{number}"), autocommit=True) for number in range(2)]
+        self.shards = [
+            psycopg.connect(make_conninfo(url, dbname=f"shard{number}"), autocommit=True) for number in range(2)
+        ]
 
     def partition_of(self, job_id: str) -> int:
         return self.front.execute("SELECT hashtext(%s) & %s", (job_id, PARTITIONS - 1)).fetchone()[0]
@@ -70,7 +74,10 @@ class Shards:
         db = self.of(id)
         db.execute("INSERT INTO jobs (id) VALUES (%s)", (id,))
         for execution_status, count in executions.items():
-            db.execute("INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)", (id, execution_status, count))
+            db.execute(
+                "INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)",
+                (id, execution_status, count),
+            )
         db.execute("UPDATE jobs SET status = %s WHERE id = %s", (status, id))
         return id
 
@@ -98,7 +105,9 @@ def shards(cluster: Cluster) -> Iterator[Shards]:
         create_service_role(conninfo=make_conninfo(cluster.url, dbname=name), autocommit=True)
     setup = readme_block("sql", "CREATE EXTENSION plproxy").replace("choose-one", SERVICE_PASSWORD)
     for number in range(2):
-        setup = setup.replace(f"host=shard{number}.example dbname=app", f"host=127.0.0.1 port={cluster.port} dbname=shard{number}")
+        setup = setup.replace(
+            f"host=shard{number}.example dbname=app", f"host=127.0.0.1 port={cluster.port} dbname=shard{number}"
+        )
     with psycopg.connect(make_conninfo(cluster.url, dbname="front"), autocommit=True) as front:
         front.execute(setup)
         for _ in range(2):  # like the other files, it can be loaded again
@@ -123,9 +132,11 @@ def batch(service: Service, name: str, query: str = "") -> dict[str, Any]:
 def test_the_functions_have_the_signatures_of_the_shards_and_nothing_is_open_to_public(shards):
     functions = """
         SELECT p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid),
-               has_function_privilege('public', p.oid, 'EXECUTE'), p.prosecdef, p.proconfig, obj_description(p.oid, 'pg_proc')
+               has_function_privilege('public', p.oid, 'EXECUTE'), p.prosecdef, p.proconfig,
+               obj_description(p.oid, 'pg_proc')
         FROM pg_proc p
-        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') = %s
+        WHERE p.pronamespace = 'public'::regnamespace
+          AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') = %s
           AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')
         ORDER BY 1"""
 
@@ -139,6 +150,19 @@ def test_the_functions_have_the_signatures_of_the_shards_and_nothing_is_open_to_
         assert comment, name
 
 
+def test_plpgsql_check_finds_nothing(shards):
+    shards.front.execute("CREATE EXTENSION plpgsql_check")
+
+    functions, findings = shards.front.execute("""
+        SELECT count(DISTINCT p.oid), array_agg(DISTINCT r ORDER BY r) FILTER (WHERE r IS NOT NULL)
+        FROM pg_proc p
+        LEFT JOIN LATERAL plpgsql_check_function(p.oid, all_warnings => true) r ON true
+        WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
+          AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')""").fetchone()
+    assert functions > 10
+    assert findings is None
+
+
 def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
     router = (ROOT / "sql/plproxy/router.sql").read_bytes()
     with psycopg.connect(make_conninfo(cluster.url, dbname="front"), autocommit=True) as front:
@@ -146,10 +170,17 @@ def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
             ("emergency_stop_job", "id text, reason text DEFAULT NULL", "json"),
             ("emergency_stop_end_blockers", "id text", "json"),
             ("batch_on_all_shards", "operation text, span interval, max_jobs int", "SETOF json"),
-            ("list_executions", "job_id text, status text, after bigint, max_rows bigint, max_bytes bigint", "TABLE (id bigint, execution json)"),
+            (
+                "list_executions",
+                "job_id text, status text, after bigint, max_rows bigint, max_bytes bigint",
+                "TABLE (id bigint, execution json)",
+            ),
         ):
             front.execute(f"DROP FUNCTION IF EXISTS {name}")
-            front.execute(f"CREATE FUNCTION {name}({arguments}) RETURNS {result} LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$")
+            front.execute(
+                f"CREATE FUNCTION {name}({arguments}) RETURNS {result}"
+                " LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$"
+            )
         front.execute("DROP FUNCTION emergency_stop_blockers")
         front.execute("""
             CREATE FUNCTION emergency_stop_blockers(id text) RETURNS TABLE (pid int, application_name text)
@@ -162,10 +193,15 @@ def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
         front.execute(router)  # once more: rights stay
         assert shards.service.execute("SELECT * FROM emergency_stop_blockers('x')").fetchall() == []
         locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
-        assert (front.execute(locks).fetchone(), front.execute("SHOW search_path").fetchone()) == ((0,), ('"$user", public',))
+        assert (front.execute(locks).fetchone(), front.execute("SHOW search_path").fetchone()) == (
+            (0,),
+            ('"$user", public',),
+        )
 
 
-@pytest.mark.parametrize(("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")])
+@pytest.mark.parametrize(
+    ("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")]
+)
 def test_the_router_does_not_go_where_it_does_not_belong(shards, setup, sqlstate):
     shards.front.execute(setup)
     before = shards.front.execute("SELECT count(*) FROM pg_proc").fetchone()
@@ -187,22 +223,40 @@ def test_each_function_about_one_job_runs_on_its_shard(shards):
     for job_id in jobs:
         assert shards.call("emergency_stop_dry_run(%s)", job_id)["executions_stopped"] == 3
         assert shards.call("emergency_stop_status(%s)", job_id)["active"]["running"] == 3
-        answer = shards.call("emergency_stop_job(%s, %s, caller => %s)", job_id, "it's \\ 100 %", '{"actor": "ann", "client": null}')
-        assert list(answer) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at", "reason"]
+        answer = shards.call(
+            "emergency_stop_job(%s, %s, caller => %s)", job_id, "it's \\ 100 %", '{"actor": "ann", "client": null}'
+        )
+        assert list(answer) == [
+            "ok",
+            "message",
+            "job_id",
+            "previous_status",
+            "new_status",
+            "executions_stopped",
+            "stopped_at",
+            "reason",
+        ]
         assert (answer["executions_stopped"], answer["reason"]) == (3, "it's \\ 100 %")
         assert shards.call("get_job(%s)", job_id)["job"]["metadata"]["reason"] == "it's \\ 100 %"
-        assert shards.of(job_id).execute("SELECT caller FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchall() == [
-            ({"actor": "ann", "client": None},)
-        ]
-        assert shards.other(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (0,)
+        assert shards.of(job_id).execute(
+            "SELECT caller FROM emergency_stops WHERE job_id = %s", (job_id,)
+        ).fetchall() == [({"actor": "ann", "client": None},)]
+        assert shards.other(job_id).execute(
+            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
+        ).fetchone() == (0,)
         status = shards.call("emergency_stop_status(%s)", job_id)
         assert (status["stopped"], status["history"][0]["actor"]) == (True, "ann")
         listed = shards.service.execute("SELECT id, execution FROM list_executions(%s)", (job_id,)).fetchall()
         assert [id for id, _ in listed] == [str(execution["id"]) for _, execution in listed]
         assert len(listed) == 4
-        after = shards.service.execute("SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job_id, listed[0][0])).fetchall()
+        after = shards.service.execute(
+            "SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job_id, listed[0][0])
+        ).fetchall()
         assert after == [(listed[1][0],), (listed[2][0],)]
-        assert shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"] == "pending"
+        assert (
+            shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"]
+            == "pending"
+        )
         assert shards.call("release_job(%s, 'all clear', 'pending')", job_id)["error"] == "job is not stopped"
     for function in ("emergency_stop_job", "emergency_stop_dry_run", "emergency_stop_status", "get_job"):
         assert shards.call(f"{function}('nix')") == {"error": "job not found", "job_id": "nix"}
@@ -231,7 +285,9 @@ def test_a_locked_job_is_said_to_be_with_all_who_hold_it_and_force_ends_those(sh
         }  # fmt: skip
         assert locked.value.diag.message_hint.startswith("Others have held it for")
         assert "force => true" in locked.value.diag.message_hint
-        blockers = shards.service.execute("SELECT pid, application_name, transaction_seconds > 0.3 FROM emergency_stop_blockers('job')")
+        blockers = shards.service.execute(
+            "SELECT pid, application_name, transaction_seconds > 0.3 FROM emergency_stop_blockers('job')"
+        )
         assert sorted(blockers.fetchall()) == sorted(
             [(holder.info.backend_pid, "holder", True), (other.info.backend_pid, "other", True)]
         )
@@ -253,7 +309,9 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
         holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (jobs[2],))
 
         pid = holder.info.backend_pid
-        answers = shards.service.execute("SELECT * FROM emergency_stop_jobs(%s, 'incident 7', %s)", (ids, callers)).fetchall()
+        answers = shards.service.execute(
+            "SELECT * FROM emergency_stop_jobs(%s, 'incident 7', %s)", (ids, callers)
+        ).fetchall()
     assert [id for id, _ in answers] == [summary["job_id"] for _, summary in answers] == ids
     for job_id, summary in answers:
         if job_id == "nix":
@@ -265,7 +323,9 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
             assert (summary["executions_stopped"], summary["reason"]) == (2, "incident 7")
             caller = "SELECT caller FROM emergency_stops WHERE job_id = %s"
             assert shards.of(job_id).execute(caller, (job_id,)).fetchone() == ({"actor": f"for {job_id}"},)
-    one = shards.service.execute("SELECT summary FROM emergency_stop_jobs(%s, caller => %s)", ([jobs[2]], '{"actor": "all"}')).fetchone()[0]
+    one = shards.service.execute(
+        "SELECT summary FROM emergency_stop_jobs(%s, caller => %s)", ([jobs[2]], '{"actor": "all"}')
+    ).fetchone()[0]
     assert one["executions_stopped"] == 2
     assert shards.service.execute("SELECT * FROM emergency_stop_jobs('{}')").fetchall() == []
 
@@ -284,7 +344,11 @@ def test_runaways_of_all_shards_most_started_first(shards):
 
 
 def test_faults_name_their_shard(shards):
-    assert [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()") if not fault.startswith("warning: shard p")] == []
+    assert [
+        fault
+        for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")
+        if not fault.startswith("warning: shard p")
+    ] == []
     shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
     shards.shards[0].execute("ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey")
     shards.front.execute("REVOKE EXECUTE ON FUNCTION get_job FROM beacon_service")
@@ -304,26 +368,38 @@ def test_a_shard_that_is_away_is_a_fault_and_takes_only_its_own_jobs_with_it_in_
     there = [job_id for job_id in jobs if job_id not in away]
     notices: list[tuple[str, str]] = []
     shards.service.add_notice_handler(
-        lambda notice: notices.append((notice.severity_nonlocalized or "", (notice.message_primary or "").partition(":")[0]))
+        lambda notice: notices.append(
+            (notice.severity_nonlocalized or "", (notice.message_primary or "").partition(":")[0])
+        )
     )
     shards.call("get_job(%s)", away[0])  # so that there is a connection to be lost
     with psycopg.connect(shards.url, autocommit=True) as server:
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
-        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = 'shard0' AND usename = 'beacon_service'"
+        )
 
-        calls = [f"{function}('{away[0]}')" for function in ("emergency_stop_job", "emergency_stop_status", "get_job", "list_executions")]
+        calls = [
+            f"{function}('{away[0]}')"
+            for function in ("emergency_stop_job", "emergency_stop_status", "get_job", "list_executions")
+        ]
         for call in [*calls, "timeout_stuck_jobs()", "repair_stuck_jobs()"]:
             with pytest.raises(psycopg.errors.ConnectionFailure, match="shard p0 is away"):
                 shards.call(call)
         with pytest.raises(psycopg.errors.ConnectionFailure, match="shard p0 is away"):
             shards.service.execute("SELECT * FROM emergency_stop_jobs(%s)", (jobs[:6],))
-        assert {job_id: count_active(shards.of(job_id), job_id) for job_id in there} == {job_id: int(job_id in jobs[6:]) for job_id in there}
+        assert {job_id: count_active(shards.of(job_id), job_id) for job_id in there} == {
+            job_id: int(job_id in jobs[6:]) for job_id in there
+        }
         answer = shards.call("runaway_jobs()")
         assert sorted(job["job_id"] for job in answer["jobs"]) == there
         assert answer["truncated"]
         assert [text for severity, text in notices if severity == "WARNING"] == ["shard p0 is away"]
         faults = [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")]
-        assert [fault.startswith("shard p0 is away: ") for fault in faults if not fault.startswith("warning: shard p1")] == [True]
+        assert [
+            fault.startswith("shard p0 is away: ") for fault in faults if not fault.startswith("warning: shard p1")
+        ] == [True]
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS true")
     assert shards.call("emergency_stop_job(%s)", away[0])["executions_stopped"] == 1
 
@@ -333,7 +409,10 @@ def test_a_session_of_a_shard_that_ends_while_it_is_called_costs_no_call_in_sql(
     with shards.connect_to_shard_of(job_id) as holder:
         holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
         with in_thread(lambda: shards.call("emergency_stop_job(%s)", job_id)) as stop:
-            waiting = "SELECT pid FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname LIKE 'shard_' AND state = 'active'"
+            waiting = (
+                "SELECT pid FROM pg_stat_activity"
+                " WHERE usename = 'beacon_service' AND datname LIKE 'shard_' AND state = 'active'"
+            )
             (pid,) = wait_until(lambda: shards.front.execute(waiting).fetchone())
             shards.front.execute("SELECT pg_terminate_backend(%s)", (pid,))
             wait_until(lambda: shards.front.execute(waiting + " AND pid <> %s", (pid,)).fetchone())
@@ -359,12 +438,16 @@ def test_what_else_a_shard_raises_keeps_its_sqlstate(shards):
 def test_what_a_trigger_on_a_shard_raises_is_not_taken_for_a_shard_that_is_away(shards, error):
     job_id = shards.make_job("job", running=1)
     shards.of(job_id).execute(f"""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE {error} USING MESSAGE = 'not on Sundays'; END $$;
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            RAISE {error} USING MESSAGE = 'not on Sundays'; END $$;
         CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()""")
 
     with pytest.raises(psycopg.Error, match="not on Sundays") as raised:
         shards.call("emergency_stop_job(%s)", job_id)
-    assert raised.value.sqlstate == {"internal_error": "XX000", "raise_exception": "P0001", "no_data_found": "P0002"}[error]
+    assert (
+        raised.value.sqlstate
+        == {"internal_error": "XX000", "raise_exception": "P0001", "no_data_found": "P0002"}[error]
+    )
 
 
 # --- Over HTTP ---
@@ -382,8 +465,12 @@ def test_a_job_is_stopped_and_read_on_its_shard(shards, service):
         assert (answer.status, answer.json["executions_stopped"], answer.json["reason"]) == (200, 3, "it's \\ 100 %")
         assert service.stop(job_id).json["action"] == "none"
         assert count_active(shards.of(job_id), job_id) == 0
-        assert shards.of(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (1,)
-        assert shards.other(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (0,)
+        assert shards.of(job_id).execute(
+            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
+        ).fetchone() == (1,)
+        assert shards.other(job_id).execute(
+            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
+        ).fetchone() == (0,)
         path = job_id.replace("ä", "%C3%A4").replace("/", "%2F")
         assert service("GET", f"/api/v1/jobs/{path}").json["job"]["metadata"]["reason"] == "it's \\ 100 %"
         assert len(service("GET", f"/api/v1/executions?job_id={path}").json["executions"]) == 4
@@ -400,10 +487,65 @@ def test_40_callers_at_once(shards, service):
     assert sorted(answer.json["job_id"] for answer in answers if "executions_stopped" in answer.json) == jobs
 
 
+def test_stops_share_no_transaction_over_shards(shards, service):
+    """They would wait for the slowest shard. What one had committed when another fails would be done again."""
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(60)]
+    for shard in shards.shards:
+        shard.execute("ALTER TABLE emergency_stops ADD transaction xid8 DEFAULT pg_current_xact_id()")
+
+    with ThreadPoolExecutor(30) as callers:
+        answers = list(callers.map(service.stop, jobs))
+    assert {answer.json["message"] for answer in answers} == {"Job emergency stopped"}
+    for shard in shards.shards:
+        stops, transactions = shard.execute(
+            "SELECT count(*), count(DISTINCT transaction) FROM emergency_stops"
+        ).fetchone()
+        assert stops == transactions > 20
+
+
+def test_several_jobs_over_http(shards, service):
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
+    body = json.dumps({"job_ids": [*jobs, "nix"], "actor": "ann"}).encode()
+
+    answer = service("POST", "/admin/emergency-stop", body, **{"X-Admin-Token": TOKEN})
+    assert [result["job_id"] for result in answer.json["results"]] == [*jobs, "nix"]
+    assert {key: answer.json[key] for key in ("stopped", "already_terminal", "not_found", "locked")} == {
+        "stopped": 8, "already_terminal": 0, "not_found": 1, "locked": 0,
+    }  # fmt: skip
+
+
+def test_the_other_routes_on_a_front(shards, service):
+    job_id = shards.make_job("job", running=1)
+    token = {"X-Admin-Token": TOKEN}
+    assert service("GET", "/health/ready").status == 200
+    assert service.stop(job_id, b'{"dry_run": true}').json["dry_run"]
+    assert service.stop(job_id, b'{"actor": "ann"}').json["executions_stopped"] == 1
+
+    status = service("GET", f"/admin/jobs/{job_id}/emergency-stop", **token)
+    assert (status.json["stopped"], status.json["history"][0]["actor"]) == (True, "ann")
+    released = service(
+        "POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token
+    )
+    assert (released.status, released.json["new_status"]) == (200, "pending")
+    released = service(
+        "POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token
+    )
+    assert (released.status, released.json["error"]) == (409, "job is not stopped")
+    assert service("GET", "/admin/runaways", **token).json["jobs"][0]["job_id"] == job_id
+    shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
+    ready = service("GET", "/health/ready")
+    assert (ready.status, ready.json["faults"]) == (
+        503,
+        ["shard p1: trigger guard_updated_job on table jobs is disabled"],
+    )
+
+
 def test_who_holds_a_job_on_its_shard_is_named_and_ended_and_nobody_else(shards, service):
     job_id = shards.make_job("job", running=2)
     with (
-        psycopg.connect(make_conninfo(shards.url, dbname=shards.of(job_id).info.dbname), application_name="holder") as holder,
+        psycopg.connect(
+            make_conninfo(shards.url, dbname=shards.of(job_id).info.dbname), application_name="holder"
+        ) as holder,
         psycopg.connect(make_conninfo(shards.url, dbname=shards.other(job_id).info.dbname)) as bystander,
     ):
         shards.other(job_id).execute("INSERT INTO jobs (id) VALUES (%s)", (job_id,))
@@ -435,7 +577,11 @@ def test_batches_run_on_all_shards_and_their_answers_are_merged(shards, service)
     assert {shards.partition_of(job["job_id"]) % 2 for job in few["timed_out_jobs"]} == {0, 1}
     rest = batch(service, "timeout-stuck-jobs", "?threshold_minutes=10")
     assert list(rest) == ["ok", "message", "timed_out_count", "timeout_threshold_minutes", "timed_out_jobs", "more"]
-    assert (rest["ok"], rest["message"], rest["timeout_threshold_minutes"]) == (True, "Stuck jobs timeout completed", 10)
+    assert (rest["ok"], rest["message"], rest["timeout_threshold_minutes"]) == (
+        True,
+        "Stuck jobs timeout completed",
+        10,
+    )
     assert (rest["timed_out_count"], rest["more"]) == (8, False)
     assert sorted(job["job_id"] for job in few["timed_out_jobs"] + rest["timed_out_jobs"]) == sorted(jobs[1:])
     assert {job["executions_stopped"] for job in rest["timed_out_jobs"]} == {2}
@@ -473,11 +619,18 @@ def test_a_shard_that_is_away_takes_only_its_own_jobs_with_it(shards, service):
         age(shards.of(job_id), 20, job_id)
     with psycopg.connect(shards.url, autocommit=True) as server:
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
-        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = 'shard0' AND usename = 'beacon_service'"
+        )
 
         for _ in range(2):
             answer = service.stop(shard0[0])
-            assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+            assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
+                503,
+                {"error": "database unavailable"},
+                "2",
+            )
         assert service("GET", f"/api/v1/jobs/{shard0[0]}").status == 503
         assert service.stop(shard1[2]).status == 200
         assert service("POST", "/admin/timeout-stuck-jobs", **{"X-Admin-Token": TOKEN}).status == 503
@@ -491,7 +644,10 @@ def test_a_shard_whose_sessions_were_ended_costs_no_call(shards, service):
     with ThreadPoolExecutor(4) as callers:
         list(callers.map(service.stop, jobs[:4]))
     with psycopg.connect(shards.url, autocommit=True) as server:
-        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'shard_' AND usename = 'beacon_service'")
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname LIKE 'shard_' AND usename = 'beacon_service'"
+        )
 
     assert [service.stop(job_id).status for job_id in jobs] == [200] * 8
 
@@ -505,7 +661,8 @@ def test_nor_does_a_session_of_a_shard_that_ends_when_it_is_called(shards, servi
     sessions = {
         port: psutil.Process(pid)
         for port, pid in shard.execute(
-            "SELECT client_port, pid FROM pg_stat_activity WHERE datname = current_database() AND usename = 'beacon_service'"
+            "SELECT client_port, pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND usename = 'beacon_service'"
         )
     }
     assert len(sessions) >= 2
@@ -513,7 +670,8 @@ def test_nor_does_a_session_of_a_shard_that_ends_when_it_is_called(shards, servi
         call = caller.submit(service.stop, jobs[0])
         (front,) = wait_until(
             lambda: shards.front.execute(
-                "SELECT pid FROM pg_stat_activity WHERE application_name = 'beacon-stop admin' AND datname = 'front' AND state = 'active'"
+                "SELECT pid FROM pg_stat_activity"
+                " WHERE application_name = 'beacon-stop admin' AND datname = 'front' AND state = 'active'"
             ).fetchone()
         )
         ports = {connection.laddr.port for connection in psutil.Process(front).net_connections()}
@@ -548,13 +706,21 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     move = start_moving(front="nowhere")
     output, _ = move.communicate(timeout=30)
     assert move.returncode != 0, output
-    assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (len(moved),)
+    assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (
+        len(moved),
+    )
     new.execute("DELETE FROM executions; DELETE FROM jobs")
 
-    with psycopg.connect(make_conninfo(shards.url, dbname="shard1")) as worker:  # the move has to wait for it, and others for the move
+    with psycopg.connect(
+        make_conninfo(shards.url, dbname="shard1")
+    ) as worker:  # the move has to wait for it, and others for the move
         worker.execute("UPDATE jobs SET metadata = '{}' WHERE id = %s", (running,))
         move = start_moving(front="front")
-        wait_until(lambda: worker.execute("SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'").fetchone()[0])
+        wait_until(
+            lambda: worker.execute(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'"
+            ).fetchone()[0]
+        )
         assert service.stop(running).status == 503
     output, _ = move.communicate(timeout=30)
     assert (move.returncode, "ERROR" in output) == (0, False), output
