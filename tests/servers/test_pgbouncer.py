@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, Client, Service, count_active, in_thread, slow_down_stops, wait_until
+from conftest import SERVICE_PASSWORD, Client, Service, count_active, slow_down_stops, wait_until
 from processes import Running, accepts_connections, free_port, running, unprivileged
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -174,45 +174,6 @@ def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(db,
             answers = list(executor.map(service.stop, jobs * 2))
 
     assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [[holder.pid] for holder in holders] * 2
-
-
-@pytest.fixture
-def attempts(db) -> Callable[[], int]:
-    """How many transactions of the service have been seen to wait for a lock."""
-    seen = set()
-
-    def attempts() -> int:
-        query = "SELECT pid, xact_start FROM pg_stat_activity WHERE usename = 'beacon_service' AND wait_event_type = 'Lock'"
-        seen.update(db.execute(query))
-        return len(seen)
-
-    return attempts
-
-
-def test_a_look_that_found_no_session_is_taken_again(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="1s")
-    job = make_job(running=3)
-    holder = hold(owner_url, job)
-    with each_server_connection(pooled_url) as clients, in_thread(service.stop, job) as outcome:
-        clients[0].rollback()  # one session for the stop, none for the look
-        wait_until(lambda: attempts() >= 3)
-        clients[1].rollback()
-
-    assert (outcome.result.status, [one["pid"] for one in outcome.result.json["blocked_by"]]) == (503, [holder.pid])
-
-
-def test_calls_for_other_locked_jobs_keep_no_force_from_its_look(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="2s")
-    jobs = [make_job(running=3) for _ in range(4)]
-    for job in jobs:
-        hold(owner_url, job)
-    with psycopg.connect(pooled_url, prepare_threshold=None) as bystander, ThreadPoolExecutor(4) as executor:
-        bystander.execute("SELECT 1")
-        stops = [executor.submit(service.stop, jobs[0], b'{"force": true}')]
-        wait_until(lambda: attempts() >= 2)
-        stops += [executor.submit(service.stop, job, b'{"force": true}') for job in jobs[1:]]
-
-        assert [stop.result().json.get("sessions_ended") for stop in stops] == [1] * 4
 
 
 @pytest.mark.parametrize("standard", ["on", "off"])
