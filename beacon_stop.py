@@ -90,7 +90,7 @@ FUNCTIONS = [
     "list_executions(text,text,text,bigint,bigint)", "timeout_stuck_jobs(interval,integer)",
     "repair_stuck_jobs(interval,integer)",
 ]  # fmt: skip
-# Single stops can do without. On a PL/Proxy front a group would not be one transaction, and as slow as its slowest shard.
+# Single stops can do without. On a PL/Proxy front a group is not one transaction, and as slow as its slowest shard.
 CAN_GROUP = """
     SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
@@ -514,6 +514,9 @@ class LogHandler(QueueHandler):
             return hasattr(record, "fields")
         self.seen = {text: when for text, when in self.seen.items() if now - when < 60} | {message: now}
         return True
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # a copy is for another process
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if not self.is_started:  # not with the import, and anew after a fork

@@ -27,7 +27,15 @@ def test_stop(client, make_job, db):
 
     answer = client.stop(job_id)
     assert answer.status == 200
-    assert list(answer.json) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at"]
+    assert list(answer.json) == [
+        "ok",
+        "message",
+        "job_id",
+        "previous_status",
+        "new_status",
+        "executions_stopped",
+        "stopped_at",
+    ]
     assert (answer.json["executions_stopped"], count_active(db, job_id)) == (3, 0)
 
     answer = client.stop(job_id)
@@ -41,7 +49,10 @@ def test_the_answer_is_postgresqls_own(client, make_job, db):
     job_id = make_job(running=1)
     client.stop(job_id)
 
-    assert client.stop(job_id).body.decode() == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
+    assert (
+        client.stop(job_id).body.decode()
+        == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
+    )
 
 
 def test_an_unknown_job(client):
@@ -95,9 +106,21 @@ def test_ids_that_no_table_can_hold(shared_client, id):
 
 
 TIDIED = {
-    "joined slashes": ("a//b", "/admin/jobs/a/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F%2Fb/emergency-stop"}),
-    "a joined slash at the end": ("a/", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2f/emergency-stop?x=/"}),
-    "resolved dots": ("a/../b", "/admin/jobs/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F..%2Fb/emergency-stop"}),
+    "joined slashes": (
+        "a//b",
+        "/admin/jobs/a/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2F%2Fb/emergency-stop"},
+    ),
+    "a joined slash at the end": (
+        "a/",
+        "/admin/jobs/a/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2f/emergency-stop?x=/"},
+    ),
+    "resolved dots": (
+        "a/../b",
+        "/admin/jobs/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2F..%2Fb/emergency-stop"},
+    ),
     "slashes left as they are": (
         "ä/b",
         "/admin/jobs/\u00c3\u00a4%2Fb/emergency-stop",
@@ -105,11 +128,27 @@ TIDIED = {
     ),
     "nothing decoded": ("a/b", "/admin/jobs/a%2Fb/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2Fb/emergency-stop"}),
     "a percent sign": ("a%2Fb", "/admin/jobs/a%2Fb/emergency-stop", {"RAW_URI": "/admin/jobs/a%252Fb/emergency-stop"}),
-    "bytes": ("ä//b", "/admin/jobs/\u00c3\u00a4/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"}),
-    "below a prefix": ("a//b", "/admin/jobs/a/b/emergency-stop", {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"}),
-    "an absolute target": ("//", "/admin/jobs/emergency-stop", {"REQUEST_URI": "HTTP://x:1/admin/jobs/%2F%2F/emergency-stop"}),
+    "bytes": (
+        "ä//b",
+        "/admin/jobs/\u00c3\u00a4/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"},
+    ),
+    "below a prefix": (
+        "a//b",
+        "/admin/jobs/a/b/emergency-stop",
+        {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"},
+    ),
+    "an absolute target": (
+        "//",
+        "/admin/jobs/emergency-stop",
+        {"REQUEST_URI": "HTTP://x:1/admin/jobs/%2F%2F/emergency-stop"},
+    ),
     "rewritten": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/brake?job=a"}),
-    "rewritten below a prefix": ("a", "/admin/jobs/a/emergency-stop", {"SCRIPT_NAME": "/x", "REQUEST_URI": "/admin/jobs/b/emergency-stop"}),
+    "rewritten below a prefix": (
+        "a",
+        "/admin/jobs/a/emergency-stop",
+        {"SCRIPT_NAME": "/x", "REQUEST_URI": "/admin/jobs/b/emergency-stop"},
+    ),
     "a prefix taken away": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/x/admin/jobs/a/emergency-stop"}),
 }
 
@@ -148,7 +187,9 @@ def test_the_record_says_who_called(client, make_job, db):
     assert db.execute("SELECT caller, stopped_by FROM emergency_stops").fetchone() == (caller, "admin")
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b' { } ', b'{"reason": null, "force": null, "actor": null}', b'{"force": false}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b" { } ", b'{"reason": null, "force": null, "actor": null}', b'{"force": false}']
+)
 def test_bodies_that_ask_for_nothing_special(client, make_job, body):
     answer = client.stop(make_job(running=1), body)
 
@@ -221,7 +262,9 @@ def test_without_the_token_nothing_is_told(client, make_job, db, token):
     headers = {} if token is None else {"HTTP_X_ADMIN_TOKEN": token}
 
     answers = [
-        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers) for id in (job_id, "nix", "x" * 300) for body in (b"{}", b"[")
+        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers)
+        for id in (job_id, "nix", "x" * 300)
+        for body in (b"{}", b"[")
     ]
     assert {(answer.status, answer.body) for answer in answers} == {(403, b'{"error": "forbidden"}\n')}
     assert count_active(db, job_id) == 1
@@ -347,7 +390,11 @@ def test_without_a_database(make_app, monkeypatch):
 
     assert client("GET", "/health/live").status == 200
     for answer in (client("GET", "/health/ready"), client("GET", "/api/v1/jobs/a"), client.stop("a")):
-        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
+            503,
+            {"error": "database unavailable"},
+            "2",
+        )
 
 
 # --- All answers ---
@@ -407,7 +454,8 @@ def test_head_of_the_listing(client, make_job):
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"), [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)]
+    ("given", "taken"),
+    [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)],
 )
 def test_the_callers_request_id(shared_client, given, taken):
     answer = shared_client("GET", "/health/live", HTTP_X_REQUEST_ID=given)
@@ -518,7 +566,11 @@ def test_the_client_behind_trusted_proxies(make_app):
     def status(forwarded, address="10.9.9.9"):
         return client("GET", "/api/v1/jobs/x", REMOTE_ADDR=address, HTTP_X_FORWARDED_FOR=forwarded).status
 
-    assert [status("1.1.1.1, 2.2.2.2"), status("9.9.9.9,1.1.1.1 , 3.3.3.3"), status("1.1.1.2, 2.2.2.2")] == [404, 429, 404]
+    assert [status("1.1.1.1, 2.2.2.2"), status("9.9.9.9,1.1.1.1 , 3.3.3.3"), status("1.1.1.2, 2.2.2.2")] == [
+        404,
+        429,
+        404,
+    ]
     assert [status("[2001:db8::1]:443, x"), status("2001:db8::2, x"), status("1.1.1.1:80, x")] == [404, 429, 429]
     assert [status("only-one"), status("nonsense, x"), status("", "10.9.9.8")] == [404, 429, 404], "then it is the peer"
 
@@ -627,7 +679,9 @@ def test_a_bad_configuration_answers_503_and_is_logged(capsys):
 
 
 def test_create_app_checks_explicit_settings_at_once():
-    with pytest.raises(beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"):
+    with pytest.raises(
+        beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"
+    ):
         beacon_stop.create_app({}, admin_token="short", database_url="postgresql:///x")
     with pytest.raises(beacon_stop.ConfigurationError, match="unknown setting rate: expected one of admin_token"):
         beacon_stop.create_app({}, rate=1)
@@ -656,7 +710,9 @@ def test_readers_never_use_the_admins_connections(client, make_job, db):
         client("GET", "/api/v1/executions", query="job_id=x")
         client("GET", "/health/ready")
 
-    last = db.execute("SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'").fetchall()
+    last = db.execute(
+        "SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'"
+    ).fetchall()
     admin = [query for name, query in last if name == "beacon-stop admin"]
     assert len(admin) == 4
     assert {query.split("(")[0] for query in admin} <= {"SELECT set_config", "SELECT emergency_stop_job"}
@@ -673,7 +729,9 @@ def test_a_database_that_defaults_to_serializable(db, make_app, make_job):
 
 def test_a_database_that_is_read_only(db, make_app, make_job):
     """As the primary is that has become a standby."""
-    db.execute("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$")
+    db.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$"
+    )
 
     answer = Client(make_app()).stop(make_job(running=1))
     assert (answer.status, answer.json) == (503, {"error": "database is read-only"})
@@ -818,7 +876,9 @@ def test_a_caller_with_force_does_not_wait_for_one_without(connect, make_app, ma
 
 def test_stops_that_come_together_share_transactions(make_app, make_job, db, monkeypatch):
     sizes, ask = [], beacon_stop.GroupedStops.ask
-    monkeypatch.setattr(beacon_stop.GroupedStops, "ask", lambda self, group: (sizes.append(len(group)), ask(self, group))[1])
+    monkeypatch.setattr(
+        beacon_stop.GroupedStops, "ask", lambda self, group: (sizes.append(len(group)), ask(self, group))[1]
+    )
     app = make_app()
     client = Client(app)
     jobs = [make_job(running=2) for _ in range(100)]
@@ -951,7 +1011,12 @@ def test_several_jobs(connect, make_app, make_job, db, capsys):
     assert (answer.json["stopped"], answer.json["results"][0]["sessions_ended"]) == (1, 1)
     assert stop_several(client, job_ids=[locked]).status == 429, "each call takes one from the limit"
     (first, second, _) = log_lines(capsys, "emergency_stop_several")
-    assert (first["stopped"], first["executions_stopped"], first["actor"], second["job_ids"]) == (5, 10, "ann", [locked])
+    assert (first["stopped"], first["executions_stopped"], first["actor"], second["job_ids"]) == (
+        5,
+        10,
+        "ann",
+        [locked],
+    )
 
 
 def test_a_job_that_is_let_go_in_time_is_stopped_with_the_others(connect, make_app, make_job, db):
@@ -968,11 +1033,26 @@ def test_a_job_that_is_let_go_in_time_is_stopped_with_the_others(connect, make_a
 
 
 def test_ids_of_several_jobs_that_cannot_be_used(shared_client):
-    for ids in (None, [], "a", {"a": 1}, ["a", "a"], [1], [""], ["x" * 256], ["a\0"], [str(n) for n in range(101)], [["a"]]):
+    for ids in (
+        None,
+        [],
+        "a",
+        {"a": 1},
+        ["a", "a"],
+        [1],
+        [""],
+        ["x" * 256],
+        ["a\0"],
+        [str(n) for n in range(101)],
+        [["a"]],
+    ):
         answer = stop_several(shared_client, job_ids=ids)
         assert (answer.status, "cannot be used" in answer.json["error"]) == (400, True)
     assert stop_several(shared_client, job_ids=["ä" * 250 + str(n) for n in range(100)]).json["not_found"] == 100
-    assert shared_client("POST", "/admin/emergency-stop", b" " * 256 * 1024 + b"{}", HTTP_X_ADMIN_TOKEN=TOKEN).status == 413
+    assert (
+        shared_client("POST", "/admin/emergency-stop", b" " * 256 * 1024 + b"{}", HTTP_X_ADMIN_TOKEN=TOKEN).status
+        == 413
+    )
 
 
 # --- Connections ---

@@ -147,7 +147,10 @@ def test_what_can_be_read_is_answered(shared_server, name):
 
 
 def test_a_header_with_an_underscore_is_not_the_token(server):
-    (answer,) = exchange(server.url, b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\nHost: x\r\nX_Admin_Token: " + TOKEN.encode() + b"\r\n\r\n")
+    (answer,) = exchange(
+        server.url,
+        b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\nHost: x\r\nX_Admin_Token: " + TOKEN.encode() + b"\r\n\r\n",
+    )
 
     assert answer.status == 403
 
@@ -165,7 +168,12 @@ def test_requests_on_one_connection_one_after_the_other_and_all_at_once(server):
         for _ in range(3):
             sock.sendall(LIVE + b"\r\n")
             assert read_answer(file).status == 200
-        sock.sendall((LIVE + b"\r\n") * 5 + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE + b"Connection: close\r\n\r\n")
+        sock.sendall(
+            (LIVE + b"\r\n") * 5
+            + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+            + LIVE
+            + b"Connection: close\r\n\r\n"
+        )
         for _ in range(5):
             assert read_answer(file).status == 200
         while file.readline().strip():  # of HEAD: headers only
@@ -216,7 +224,10 @@ def test_an_answer_that_fails_before_its_first_byte_is_a_500(serve_app):
         yield b""
 
     (answer,) = exchange(serve_app(application).url, LIVE + b"\r\n")
-    assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": answer.headers["X-Request-ID"]})
+    assert (answer.status, answer.json) == (
+        500,
+        {"error": "internal error", "request_id": answer.headers["X-Request-ID"]},
+    )
 
 
 def test_a_large_body_is_refused_without_reading_it(server):
@@ -301,7 +312,10 @@ def test_readers_of_large_lists_do_not_hold_up_a_stop(make_job, start_service, d
 
 def resident(pid: int, peak: bool = False) -> int:
     """Bytes of memory that a process has, or has had at most."""
-    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+    return (
+        int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1])
+        * 1024
+    )
 
 
 def test_listing_400_000_executions_takes_little_memory(make_job, start_service, db):
@@ -408,7 +422,11 @@ def test_the_database_restarts_under_the_service(own_postgres, start_service):
     own_postgres.stop()
     for _ in range(2):
         answer = service.stop("nix")
-        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
+            503,
+            {"error": "database unavailable"},
+            "2",
+        )
         assert service("GET", "/health/ready").status == 503
     assert service("GET", "/health/live").status == 200
     own_postgres.start()
@@ -464,7 +482,9 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service
             for _ in range(3_000):
                 sock.sendall(b"POST /admin/jobs/" + b"x" * 200 + b"/emergency-stop HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert read_answer(file).status in (403, 429)
-        answer = send(url, "POST", f"/admin/jobs/{make_job(running=3)}/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN})
+        answer = send(
+            url, "POST", f"/admin/jobs/{make_job(running=3)}/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN}
+        )
         assert answer.json["executions_stopped"] == 3
     finally:
         process.terminate()
