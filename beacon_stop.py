@@ -46,6 +46,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -793,7 +794,10 @@ class GroupedStops:
             return None
         member = Member(job_id, reason, caller, Future())
         self.queue.put(member)
-        return member.answer.result()
+        try:
+            return member.answer.result(GROUP_TIMEOUT)
+        except FutureTimeout:  # the group before takes its time: whoever is not in a group yet goes by itself
+            return None if member.answer.cancel() else member.answer.result()
 
     def run(self) -> None:
         while member := self.queue.get():
@@ -801,9 +805,10 @@ class GroupedStops:
             with suppress(Empty):
                 while len(members) < GROUP_SIZE and (member := self.queue.get_nowait()):
                     members.append(member)
+            members = [each for each in members if each.answer.set_running_or_notify_cancel()]
             # In an order that all processes agree on, so that groups do not lock each other out.
-            group = sorted(each for each in members if each.reason == members[0].reason)
-            answers = self.ask(group)
+            group = sorted((each for each in members if each.reason == members[0].reason), key=lambda each: each.job_id)
+            answers = self.ask(group) if group else {}
             for each in members:
                 each.answer.set_result(answers.get(each.job_id))
             if member is None:
