@@ -157,7 +157,8 @@ def test_plpgsql_check_finds_nothing(shards):
         SELECT count(DISTINCT p.oid), array_agg(DISTINCT r ORDER BY r) FILTER (WHERE r IS NOT NULL)
         FROM pg_proc p
         LEFT JOIN LATERAL plpgsql_check_function(p.oid, all_warnings => true) r ON true
-        WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
+        WHERE p.pronamespace = 'public'::regnamespace
+          AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
           AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')""").fetchone()
     assert functions > 10
     assert findings is None
@@ -685,8 +686,11 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     """Stops of its jobs are refused meanwhile; none is lost, and none is answered by the old shard afterwards."""
     jobs = [shards.make_job(f"job-{number}", running=3, completed=1) for number in range(16)]
     moved = [job_id for job_id in jobs if shards.partition_of(job_id) == 3]
-    stopped, running = moved[0], moved[1]
+    stopped, running, by_record = moved[0], moved[1], moved[2]
     service.stop(stopped)
+    shards.of(by_record).execute("UPDATE executions SET status = 'failed' WHERE job_id = %s", (by_record,))
+    shards.of(by_record).execute("UPDATE jobs SET status = 'failed' WHERE id = %s", (by_record,))
+    service.stop(by_record, b'{"reason": "it must not run again"}')
     url = make_conninfo(shards.url, dbname="shard2")
     beacon_stop.init_db(url)
     create_service_role(conninfo=url, autocommit=True)
@@ -709,7 +713,7 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (
         len(moved),
     )
-    new.execute("DELETE FROM executions; DELETE FROM jobs")
+    new.execute("DELETE FROM executions; DELETE FROM jobs; DELETE FROM emergency_stops; DELETE FROM batch_changes")
 
     with psycopg.connect(
         make_conninfo(shards.url, dbname="shard1")
@@ -734,4 +738,9 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
         new.execute("UPDATE jobs SET status = 'processing' WHERE id = %s", (stopped,))
     assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (0,)
     assert batch(service, "timeout-stuck-jobs")["ok"]
+    # What was recorded has come along: a stop of a job that had failed by itself left no mark.
+    assert batch(service, "repair-stuck-jobs")["republished_count"] == 0
+    assert [record["reason"] for record in shards.call("emergency_stop_status(%s)", by_record)["history"]] == [
+        "it must not run again"
+    ]
     new.close()
