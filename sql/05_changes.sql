@@ -14,7 +14,7 @@ AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_deadline     CONSTANT timestamptz := clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '1min' ELSE v_lock_timeout END::interval;
-    v_first_wait   numeric := 100;  -- milliseconds; the longer, the longer the transactions that it can wait for
+    v_first_wait   int := 100;  -- milliseconds; the longer, the longer the transactions that it can wait for
     v_table        text;
     v_tables       text[] := ARRAY(
         SELECT t.name

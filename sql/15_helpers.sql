@@ -13,17 +13,25 @@ BEGIN
         FROM (VALUES ('to_job_id', 'jobs'), ('to_execution_id', 'executions')) AS f (name, table_name)
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
     LOOP
-        EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS %L',
-                       v_function.name, v_function.id_type,
-                       CASE WHEN v_function.id_type = 'text'::regtype THEN 'BEGIN RETURN id; END' ELSE format('
+        EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql IMMUTABLE SET search_path FROM CURRENT AS %L',
+                       v_function.name, v_function.id_type, format(CASE v_function.id_type
+            WHEN 'text'::regtype THEN 'BEGIN RETURN id; END'
+            -- A cast would cut what is too long.
+            WHEN 'varchar'::regtype THEN '
 DECLARE
-    v_id %I.id%%TYPE;
+    v_id %2$I.id%%TYPE;
 BEGIN
     v_id := id;
     RETURN v_id;
-EXCEPTION WHEN invalid_text_representation OR numeric_value_out_of_range OR string_data_right_truncation THEN
+EXCEPTION WHEN string_data_right_truncation THEN
     RETURN NULL;
-END', v_function.table_name) END);
+END'
+            ELSE '
+BEGIN
+    RETURN id::%1$s;
+EXCEPTION WHEN invalid_text_representation OR numeric_value_out_of_range THEN
+    RETURN NULL;
+END' END, v_function.id_type, v_function.table_name));
         EXECUTE format('REVOKE ALL ON FUNCTION %I(text) FROM PUBLIC', v_function.name);
         EXECUTE format('COMMENT ON FUNCTION %I(text) IS %L', v_function.name,
                        'The id in the type of its column, or NULL where that cannot hold it.');

@@ -189,9 +189,9 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(fail_job.id);
-    v_mark    CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
+    v_mark    CONSTANT jsonb := jsonb '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_updated  bigint;
-    v_unmarked bigint := 0;  -- executions whose mark a trigger has taken away
+    v_unmarked bigint := 0::bigint;  -- executions whose mark a trigger has taken away
     v_job     record;
 BEGIN
     executions_stopped := 0;
@@ -396,7 +396,7 @@ DECLARE
     v_barred       boolean := false;  -- whether we have the barrier
     v_deadline     timestamptz := clock_timestamp() + v_patience;
     v_began        timestamptz;
-    v_wait         interval := '5ms';
+    v_wait         interval := interval '5ms';
     v_attempt      int := 1;
     v_ended        int;  -- sessions, once force has been used
     v_gone         int;

@@ -14,8 +14,8 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_held_for     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END;
-    v_summaries    json[] := '{}';
+    v_held_for     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_summaries    json[] := '{}'::json[];
     v_job          record;
     v_detail       text;
     v_holders      json;
@@ -33,7 +33,7 @@ BEGIN
                                       WHERE b.transaction_seconds < extract(epoch FROM v_held_for)));
         EXCEPTION WHEN lock_not_available THEN
             GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
-            v_holders := COALESCE(NULLIF(v_detail, ''), '[]');
+            v_holders := COALESCE(NULLIF(v_detail, ''), '[]')::json;
             v_summaries[v_job.number] := CASE json_typeof(v_holders)
                 WHEN 'array' THEN json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders)
                 ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders -> 'blocked_by',

@@ -99,33 +99,32 @@ BEGIN
     v_rows := executions_to_read(v_order, v_since);
 
     WITH unfinished AS MATERIALIZED (
-        SELECT e.job_id, e.status, e.created_at
-        FROM executions e
-        WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
-        ORDER BY e.job_id, e.status
-        LIMIT v_rows
-    ), latest AS MATERIALIZED (
-        (SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows)
-        UNION ALL
-        (SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'created_at' AND e.created_at >= v_since
-         ORDER BY e.created_at DESC LIMIT v_rows)
-        UNION ALL
-        SELECT u.job_id, u.created_at FROM unfinished u WHERE v_order = 'none'
-    ), looked AS MATERIALIZED (
-        SELECT (SELECT count(*) = v_rows FROM unfinished) AS active_cut,
-               -- A transaction that took long has added rows that look old: a tenth of them may be such.
-               (SELECT count(*) FILTER (WHERE l.created_at >= v_since) >= v_rows * 0.9 FROM latest l) AS latest_cut
-    ), started AS (
-        SELECT l.job_id, count(*) AS executions FROM latest l WHERE l.created_at >= v_since GROUP BY l.job_id
-    ), active AS (
-        SELECT u.job_id, count(*) AS executions, min(u.created_at) AS oldest
-        FROM unfinished u
-        WHERE u.status IN ('pending', 'running', 'processing')
+        SELECT u.job_id, count(*) AS executions, count(*) FILTER (WHERE u.created_at >= v_since) AS started,
+               count(*) FILTER (WHERE u.is_active) AS active, min(u.created_at) FILTER (WHERE u.is_active) AS oldest
+        FROM (SELECT e.job_id, e.created_at, e.status IN ('pending', 'running', 'processing') AS is_active
+              FROM executions e
+              WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
+              ORDER BY e.job_id, e.status
+              LIMIT v_rows) u
         GROUP BY u.job_id
+    ), latest AS MATERIALIZED (
+        SELECT l.job_id, count(*) AS started
+        FROM ((SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows)
+              UNION ALL
+              (SELECT e.job_id, e.created_at FROM executions e WHERE v_order = 'created_at' AND e.created_at >= v_since
+               ORDER BY e.created_at DESC LIMIT v_rows)) l
+        WHERE l.created_at >= v_since
+        GROUP BY l.job_id
+        UNION ALL
+        SELECT u.job_id, u.started FROM unfinished u WHERE v_order = 'none'
+    ), looked AS MATERIALIZED (
+        SELECT (SELECT sum(u.executions) = v_rows FROM unfinished u) AS active_cut,
+               -- A transaction that took long has added rows that look old: a tenth of them may be such.
+               (SELECT sum(l.started) >= v_rows * 0.9 FROM latest l) AS latest_cut
     ), listed AS (
-        SELECT job_id, COALESCE(s.executions, 0) AS started, COALESCE(a.executions, 0) AS active, a.oldest,
-               count(*) OVER () AS jobs
-        FROM started s FULL JOIN active a USING (job_id)
+        SELECT job_id, COALESCE(l.started, 0) AS started, COALESCE(u.active, 0) AS active, u.oldest, count(*) OVER () AS jobs
+        FROM latest l FULL JOIN unfinished u USING (job_id)
+        WHERE l.started > 0 OR u.active > 0
         ORDER BY 2 DESC, 3 DESC, 1
         LIMIT max_jobs
     ), answer AS (
@@ -143,7 +142,7 @@ BEGIN
     SELECT json_agg(json_build_object('job_id', a.job_id, 'status', a.status, 'started', a.started, 'per_minute', a.per_minute,
                                       'active', a.active, 'oldest_active_at', a.oldest_active_at)
                     ORDER BY a.started DESC, a.active DESC, a.job_id),
-           v_order = 'none' OR COALESCE(max(a.jobs), 0) > max_jobs OR (SELECT l.active_cut OR l.latest_cut FROM looked l)
+           v_order = 'none' OR COALESCE(max(a.jobs), 0) > max_jobs OR (SELECT COALESCE(l.active_cut OR l.latest_cut, false) FROM looked l)
     INTO v_jobs, v_more
     FROM answer a;
     RETURN json_build_object('minutes', minutes, 'jobs', COALESCE(v_jobs, '[]'), 'truncated', v_more);

@@ -5,11 +5,12 @@
 --
 -- It reads the catalogs only, no rows of the tables.
 
--- function_faults(caller): functions that are missing, are not those that were installed, or that this role may not execute.
+-- function_faults(caller, owner): functions that are missing, are not those that were installed, or that may not be executed:
+-- those that the service calls by the caller, all of them by their owner.
 -- Returns  a sentence for each
 -- Raises   nothing of its own
 -- Locks    nothing
-CREATE OR REPLACE FUNCTION function_faults(caller name)
+CREATE OR REPLACE FUNCTION function_faults(caller name, owner name)
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
@@ -25,6 +26,10 @@ BEGIN
         RETURN;
     END IF;
     v_installed := installed_functions();
+    RETURN QUERY
+        SELECT format('function %s is missing', c.name)
+        FROM unnest(v_called) AS c (name)
+        WHERE NOT EXISTS (SELECT FROM jsonb_object_keys(v_installed) k WHERE k LIKE c.name || '(%');
     FOR v_function IN
         SELECT i.key AS signature, split_part(i.key, '(', 1) AS name, c.oid, c.checksum IS DISTINCT FROM i.value AS changed
         FROM jsonb_each_text(v_installed) i
@@ -43,12 +48,14 @@ BEGIN
             RETURN NEXT format('function %s is not the one that was installed: it was changed since', v_function.signature);
         ELSIF v_function.name = ANY (v_called) AND NOT has_function_privilege(caller, v_function.oid, 'EXECUTE') THEN
             RETURN NEXT format('role %I may not execute function %s', caller, v_function.signature);
+        ELSIF NOT has_function_privilege(owner, v_function.oid, 'EXECUTE') THEN
+            RETURN NEXT format('role %I, which owns emergency_stop_job, may not execute function %s', owner, v_function.signature);
         END IF;
     END LOOP;
 END;
 $$;
-REVOKE ALL ON FUNCTION function_faults(name) FROM PUBLIC;
-COMMENT ON FUNCTION function_faults(name) IS 'Which functions are missing, were changed, or may not be executed by this role.';
+REVOKE ALL ON FUNCTION function_faults(name, name) FROM PUBLIC;
+COMMENT ON FUNCTION function_faults(name, name) IS 'Which functions are missing, were changed, or may not be executed by their caller or their owner.';
 
 -- table_faults(owner): what is wrong with the tables, if the functions run as this role.
 -- Returns  a sentence for each
@@ -179,16 +186,20 @@ AS $$
 DECLARE
     -- Who calls: inside this function current_user is its owner.
     v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
+    -- As whom a stop runs.
+    v_owner  CONSTANT name := COALESCE((
+        SELECT min(pg_get_userbyid(p.proowner)) FROM pg_proc p
+        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = 'emergency_stop_job'), current_user);
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';
     ELSIF current_setting('transaction_read_only')::boolean THEN
         RETURN NEXT 'this database is read-only: nothing can be stopped here';
     END IF;
-    RETURN QUERY SELECT f.* FROM function_faults(v_caller) f;
-    RETURN QUERY SELECT f.* FROM table_faults(current_user) f;
+    RETURN QUERY SELECT f.* FROM function_faults(v_caller, v_owner) f;
+    RETURN QUERY SELECT f.* FROM table_faults(v_owner) f;
     RETURN QUERY SELECT f.* FROM constraint_faults() f;
-    RETURN QUERY SELECT f.* FROM stop_warnings(current_user) f;
+    RETURN QUERY SELECT f.* FROM stop_warnings(v_owner) f;
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_faults() FROM PUBLIC;

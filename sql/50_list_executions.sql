@@ -34,7 +34,7 @@ BEGIN
     END IF;
 
     FOR id, execution IN
-        SELECT e.id, json_build_object(
+        SELECT e.id::text, json_build_object(
             'id', e.id, 'job_id', list_executions.job_id, 'status', e.status, 'output', e.output,
             'created_at', to_char(e.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
             'started_at', to_char(e.started_at::timestamptz AT TIME ZONE 'UTC', v_format),

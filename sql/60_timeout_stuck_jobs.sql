@@ -64,7 +64,7 @@ DECLARE
     v_before  text;
     v_after   text;
     v_failed  bigint;
-    v_stopped bigint := 0;
+    v_stopped bigint := 0::bigint;
     v_active  boolean;
 BEGIN
     PERFORM pg_advisory_xact_lock(v_barrier);

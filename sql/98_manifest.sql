@@ -33,7 +33,7 @@ BEGIN
     FROM function_checksums(ARRAY(
         SELECT p.oid
         FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proowner = current_user::regrole
+        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema()))
           AND age(p.xmin) <= age(pg_current_xact_id()::xid)
           AND p.proconfig @> ARRAY['search_path=' || current_setting('search_path')]
           AND p.proname <> 'installed_functions')) c;

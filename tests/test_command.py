@@ -3,14 +3,17 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import psycopg
 import pytest
 from conftest import ROOT, TOKEN, send, wait_until
+from processes import accepts_connections, free_port
 
 import beacon_stop
 
@@ -74,13 +77,14 @@ def test_a_taken_port_stops_the_start(start_service, capsys, monkeypatch):
         monkeypatch.setenv(key, value)
 
     assert beacon_stop.main(["serve", "--port", port]) == 2
-    assert capsys.readouterr().err == f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port")
 
 
 def test_settings_as_they_are_meant():
     settings = beacon_stop.Settings.from_environment(GOOD)
     assert (settings.lock_timeout, settings.statement_timeout, settings.admin_pool, settings.read_pool) == (2, 60, 4, 4)
-    assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(60, 60), beacon_stop.Rate(10, 60))
+    assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(600, 60), beacon_stop.Rate(10, 60))
     assert (settings.read_rate, settings.trusted_proxies) == (beacon_stop.Rate(300, 60), 0)
 
     assert settings.read_database_url == settings.database_url == GOOD["DATABASE_URL"]
@@ -107,66 +111,168 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
         subprocess.run([sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_the_demo_from_its_first_line_to_its_last_process(folder):
-    temporary = folder / "tmp"
-    temporary.mkdir()
-    folder /= "it's a folder"
-    folder.mkdir()
-    environment = {
-        "TMPDIR": str(temporary),
-        "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": "0", "PYTHONPATH": str(ROOT),
-        "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service",
-    }  # fmt: skip
-    environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
-        env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout
-        lines = iter(process.stdout.readline, "")
-        curl = next(line for line in lines if line.startswith("curl"))
-        match = re.fullmatch(
-            r"""curl -X POST (http://[^/]+)(/admin/jobs/([^/]+)/emergency-stop) -H "X-Admin-Token: (\S+)" -d '{}'\n""", curl
-        )
-        url, path, job_id, token = match.groups()
+@pytest.fixture
+def start_demo(folder):
+    """`beacon-stop serve --demo` in a folder, with temporary files in tmp/ beside it; gives the process and its curl line."""
+    folder.chmod(0o755)  # PostgreSQL, which does not run as root, has to get to tmp/
+    (folder / "tmp").mkdir()
+    (folder / "tmp").chmod(0o1777)
+    (folder / "here").mkdir(mode=0o700)
+    started = []
 
-        answer = send(url, "POST", path, b"{}", **{"X-Admin-Token": token})
-        assert (answer.status, answer.json["previous_status"], answer.json["executions_stopped"]) == (200, "processing", 42)
-        listed = send(url, "GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
-        assert sorted(execution["status"] for execution in listed) == ["completed"] * 10 + ["failed"] * 42
-        postmaster = int((folder / ".beacon" / "postgresql-18" / "postmaster.pid").read_text().splitlines()[0])
-        assert [runtime.stat().st_mode & 0o777 for runtime in temporary.iterdir()] == [0o700], "whoever gets at the socket is a superuser"
+    def start_demo(port="0", wait=True, **changes):
+        environment = {
+            "TMPDIR": str(folder / "tmp"), "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": port, "PYTHONPATH": str(ROOT),
+            "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service", "PGHOSTADDR": "192.0.2.1", **changes,
+        }  # fmt: skip
+        environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
+            env=environment, cwd=folder / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        lines = iter(process.stdout.readline, "") if wait else ()
+        shown = {line.split()[0]: line for line in lines_until_psql(lines)}
+        return process, shown
 
-        again = subprocess.run(
-            [sys.executable, "-m", "beacon_stop", "serve", "--demo"], env=environment, cwd=folder, capture_output=True, text=True
-        )
-        assert again.returncode == 2
-        assert "another demo is running" in again.stderr
-    finally:
-        process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=30)
+    yield start_demo
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=30)
+
+
+def lines_until_psql(lines):
+    for line in lines:
+        if line.startswith(("curl", "psql")):
+            yield line
+        if line.startswith("psql"):
+            return
+
+
+def postmaster(folder):
+    """The pid of the PostgreSQL in a temporary folder of the demo's."""
+    (file,) = wait_until(lambda: list((folder / "tmp").glob("beacon-*/data/postmaster.pid")), 30)
+    return int(file.read_text().splitlines()[0])
+
+
+def test_the_demo_from_its_first_line_to_its_last_process(start_demo, folder):
+    """1.0 left .beacon/ behind, and as root a parent folder of mode 0755."""
+    process, shown = start_demo()
+    pid = postmaster(folder)
+    match = re.fullmatch(
+        r"""curl -X POST (http://[^/]+)(/admin/jobs/([^/]+)/emergency-stop) -H "X-Admin-Token: (\S+)" -d '{}'\n""", shown["curl"]
+    )
+    url, path, job_id, token = match.groups()
+
+    answer = send(url, "POST", path, b"{}", **{"X-Admin-Token": token})
+    assert (answer.status, answer.json["previous_status"], answer.json["executions_stopped"]) == (200, "processing", 42)
+    listed = send(url, "GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
+    assert sorted(execution["status"] for execution in listed) == ["completed"] * 10 + ["failed"] * 42
+    assert re.fullmatch(rf"""psql 'postgresql://\S+' -c "SELECT emergency_stop_job\('{job_id}'\)"\n""", shown["psql"])
+    (private,) = (folder / "tmp").iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700, "who gets at the socket is a superuser"
+    assert [(path.name, path.stat().st_mode & 0o7777) for path in sorted(folder.iterdir())] == [("here", 0o700), ("tmp", 0o1777)]
+    assert list((folder / "here").iterdir()) == []
+
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in log
     assert token not in log
-    wait_until(lambda: not Path(f"/proc/{postmaster}").exists())
-    assert list(temporary.iterdir()) == []
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert list((folder / "tmp").iterdir()) == []
 
 
-def test_a_folder_that_the_demo_cannot_use_is_named(tmp_path):
-    def serve_demo(folder):
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "beacon_stop", "serve", "--demo"]
-        result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-        return result.returncode, result.stderr
+def test_a_demo_that_was_killed_leaves_no_process_and_keeps_no_other_from_starting(start_demo, folder):
+    """1.0 ended the process that had the pid in postmaster.pid by then."""
+    process, _ = start_demo()
+    pid = postmaster(folder)
+    process.kill()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    for file in (folder / "tmp").glob("beacon-*/data/postmaster.pid"):
+        file.write_text(f"{os.getpid()}\n")
 
-    odd, taken = tmp_path / "a$b", tmp_path / "taken"
-    odd.mkdir(), taken.mkdir()
-    (taken / ".beacon").touch()
-    assert serve_demo(odd) == (
-        2, f'beacon-stop: PostgreSQL does not start in {odd}/.beacon: expected a path without any of " $ ` \\\n'
+    again, shown = start_demo()
+    assert shown["curl"]
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(30) == 0
+
+
+def test_a_demo_that_was_killed_during_initdb_keeps_no_other_from_starting(start_demo, folder):
+    """Each later start of 1.0 failed with a traceback."""
+    process, _ = start_demo(wait=False)
+    wait_until(lambda: list((folder / "tmp").glob("beacon-*/data")), 30)
+    process.kill()
+
+    assert start_demo()[1]["curl"]
+
+
+def test_two_demos_at_once(start_demo):
+    (_, first), (_, second) = start_demo(), start_demo()
+
+    assert first["curl"] != second["curl"]
+
+
+def test_a_demo_on_a_port_in_use_says_how_to_choose_another(start_demo, folder):
+    """1.0 said no more than "Address already in use"."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process, _ = start_demo(port=str(listener.getsockname()[1]), wait=False)
+        _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 2
+    assert "Address already in use; --host and --port choose another" in said
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_a_folder_in_which_postgresql_cannot_have_its_socket_is_named(tmp_path):
+    for name in ("a b", "it's", "x" * 100):
+        (tmp_path / name).mkdir()
+        with pytest.raises(beacon_stop.ConfigurationError, match="cannot have its socket in .*TMPDIR names another"):
+            with beacon_stop.embedded_postgres(tmp_path / name):
+                pass
+
+
+def test_an_ignored_signal_stays_ignored(service_url):
+    """`nohup beacon-stop serve` of 1.0 ended with SIGHUP."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beacon_stop", "serve", "--port", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )  # fmt: skip
-    assert serve_demo(taken) == (2, f"beacon-stop: {taken}/.beacon cannot be written to: File exists\n")
+    try:
+        wait_until(lambda: accepts_connections(port))
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert send(f"http://127.0.0.1:{port}", "GET", "/health/live").status == 200
+    finally:
+        process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_without_stderr(service_url):
+    """`2>&-`: 1.0 ended silently with status 1."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beacon_stop", "serve", "--port", str(port)], cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url}, preexec_fn=lambda: os.close(2),
+    )  # fmt: skip
+    try:
+        wait_until(lambda: accepts_connections(port))
+        answer = send(f"http://127.0.0.1:{port}", "POST", "/admin/jobs/nix/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN})
+        assert answer.status == 404
+    finally:
+        process.terminate()
+    assert process.wait(30) == 0
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        beacon_stop.main(["--version"])
+
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert capsys.readouterr().out == f"beacon-stop {version}\n"
 
 
 def test_the_wheel_works_from_any_folder(tmp_path, bare_database, server_url):

@@ -49,6 +49,7 @@ def test_each_that_a_stop_failed_is_confirmed_once(db, make_job, stop, worker):
 
 def test_what_no_stop_failed_stays_as_it_is(db, make_job, worker):
     job_id = make_job(running=2, completed=2, failed=2)
+    db.execute("""UPDATE executions SET output = '{"so far": 1}'""")
     before = db.execute("SELECT * FROM executions ORDER BY id").fetchall()
 
     assert confirm(worker, *ids_of(db, job_id), 1_000_000) == 0

@@ -7,6 +7,8 @@ import psycopg
 import pytest
 from conftest import in_thread
 
+import beacon_stop
+
 FAULTS = "SELECT * FROM emergency_stop_faults()"
 
 
@@ -41,6 +43,17 @@ FAULTY = {
         "ALTER TRIGGER guard_updated_execution ON executions RENAME TO another",
         "trigger guard_updated_execution on table executions is missing",
         "ALTER TRIGGER another ON executions RENAME TO guard_updated_execution",
+    ),
+    "a trigger of the name that calls something else": (
+        "CREATE FUNCTION another() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION another()",
+        "trigger guard_updated_job on table jobs is missing",
+        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION guard_updated_job()",
+    ),
+    "a function that finds the caller's tables": (
+        "ALTER FUNCTION commit_durably() RESET search_path",
+        "function commit_durably() is not the one that was installed: it was changed since",
+        "ALTER FUNCTION commit_durably() SET search_path = public, pg_temp",
     ),
     "records that can be changed": (
         "ALTER TABLE emergency_stops DISABLE TRIGGER ALL",
@@ -184,6 +197,26 @@ def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_
     assert faults() == []
 
 
+def test_a_helper_of_another_owner_is_named(db, faults, weak_owner):
+    """As after an upgrade by a superuser of what another role has installed."""
+    db.execute("ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
+
+    (fault,) = faults()
+    assert fault.startswith("role beacon_weak_owner, which owns emergency_stop_job, may not execute function fail_job(")
+
+
+def test_what_a_superuser_installs_over_it_again_is_still_known(db, owner_url, faults, weak_owner):
+    db.execute("GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
+    for table in ("emergency_stops", "batch_changes"):  # to which installing leaves nobody but its owner the right to add rows
+        db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
+    beacon_stop.init_db(owner_url)
+    assert faults() == []
+
+    db.execute("ALTER FUNCTION emergency_stop_job RENAME TO another")
+    assert faults() == ["function emergency_stop_job(text,text,boolean,jsonb) is missing"]
+    db.execute("ALTER FUNCTION another RENAME TO emergency_stop_job")
+
+
 def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner):
     db.execute("REVOKE UPDATE ON executions FROM beacon_weak_owner")
 
@@ -258,14 +291,17 @@ def test_installing_again_does_away_with_changed_functions(db, owner_url, faults
     db.execute("ALTER FUNCTION get_job(text) SECURITY INVOKER")
     assert len(faults()) == 1
 
-    beacon_stop_init(owner_url)
+    beacon_stop.init_db(owner_url)
     assert faults() == []
 
 
-def beacon_stop_init(url):
-    import beacon_stop
+def test_functions_of_the_application_s_are_its_own(db, owner_url, faults):
+    create = "CREATE OR REPLACE FUNCTION their_own() RETURNS int LANGUAGE sql SET search_path = public, pg_temp AS 'SELECT {}'"
+    db.execute(create.format(1))
+    beacon_stop.init_db(owner_url)
 
-    beacon_stop.init_db(url)
+    db.execute(create.format(2))
+    assert faults() == []
 
 
 def test_strangers_may_not_ask(db, connect, owner_url):

@@ -1,5 +1,6 @@
 """sql/30_emergency_stop_job.sql: what one call does, says and leaves alone. Concurrency: test_hostile.py."""
 
+import contextlib
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +9,13 @@ from datetime import datetime, timezone
 import psycopg
 import pytest
 from conftest import count_active
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
+
+import beacon_stop
+
+UTC = timezone.utc
 
 
 def test_stops_the_job_and_its_active_executions_and_nothing_else(db, make_job, stop):
@@ -262,3 +268,110 @@ def test_an_id_too_long_for_a_notification_is_stopped_all_the_same(db, connect, 
     assert stop(make_job("x" * 8_000, running=1))["executions_stopped"] == 1
     stop(make_job("a"))
     assert [json.loads(notice.payload)["job_id"] for notice in listener.notifies(timeout=10, stop_after=1)] == ["a"]
+
+
+def test_a_reason_of_the_users_own_in_the_metadata_is_kept(db, make_job, stop, service):
+    """Version 1.0 dropped it where there was a `stopped_by`. What the last stop has left is not carried over to the next."""
+    own = make_job(metadata={"stopped_by": "somebody", "reason": "their own"})
+    stop(own)
+    assert db.execute("SELECT metadata->>'reason' FROM jobs WHERE id = %s", (own,)).fetchone() == ("their own",)
+
+    again = make_job()
+    stop(again, "the first time")
+    db.execute("SELECT release_job(%s, 'mended', 'processing')", (again,))
+    stop(again)
+    assert db.execute("SELECT metadata ? 'reason' FROM jobs WHERE id = %s", (again,)).fetchone() == (False,)
+
+
+def test_executions_in_states_of_the_applications_own_are_left_alone_and_told(db, make_job, stop):
+    """Version 1.0: ok, and not a word."""
+    job_id = make_job(pending=10, queued=10, retrying=1, RUNNING=2, completed=3)
+    left = {"queued": 10, "retrying": 1, "RUNNING": 2}
+
+    answer = stop(job_id)
+    assert (answer["executions_stopped"], answer["left_alone"]) == (10, left)
+    answer = stop(job_id)
+    assert (answer["action"], answer["left_alone"]) == ("none", left)
+    assert db.execute("SELECT count(*) FROM executions WHERE status = 'queued' AND output IS NULL").fetchone() == (10,)
+
+
+@pytest.mark.parametrize("timezone", ["Asia/Tokyo", "America/New_York"])
+def test_columns_without_a_time_zone_are_the_installers_whatever_the_session_says(bare_database, server_url, connect, timezone):
+    """Version 1.0: 9 hours off."""
+    url = make_conninfo(server_url, dbname=bare_database.info.dbname)
+    db, session = connect(url), connect(url)
+    db.execute("""
+        CREATE TABLE jobs (id serial PRIMARY KEY, status text, updated_at timestamp);
+        CREATE TABLE executions (id serial PRIMARY KEY, job_id int REFERENCES jobs, status text, completed_at timestamp)""")
+    beacon_stop.init_db(url)
+    db.execute("INSERT INTO jobs (status) VALUES ('processing'); INSERT INTO executions (job_id, status) VALUES (1, 'running')")
+    session.execute(f"SET timezone = '{timezone}'")
+
+    session.execute("SELECT emergency_stop_job('1')")
+    off = "SELECT abs(extract(epoch FROM (SELECT completed_at FROM executions) - now()::timestamp)) < 60"
+    assert db.execute(off).fetchone() == (True,)
+    shown = session.execute("SELECT get_job('1')").fetchone()[0]["job"]["updated_at"]
+    updated_at = datetime.fromisoformat(shown.replace("Z", "+00:00"))
+    assert abs((datetime.now(tz=UTC) - updated_at).total_seconds()) < 60
+
+
+def test_extra_checks_of_plpgsql_are_no_errors(connect, db, make_job):
+    """plpgsql.extra_errors set for the database. Version 1.0: every INSERT of several rows failed."""
+    job_id = make_job(running=2)
+    db.execute(f"ALTER DATABASE {db.info.dbname} SET plpgsql.extra_errors = 'all'")
+    session = connect()
+
+    session.execute("INSERT INTO executions (job_id) SELECT %s FROM generate_series(1, 3)", (job_id,))
+    session.execute("UPDATE executions SET status = 'running' WHERE job_id = %s", (job_id,))
+    assert session.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["executions_stopped"] == 5
+    assert session.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["action"] == "none"
+
+
+def test_row_level_security_is_an_error_not_a_silent_nothing(db, connect, make_job, owner_url):
+    """An owner of tables and functions who is no superuser, and FORCE ROW LEVEL SECURITY. Version 1.0: ok, 0 stopped."""
+    job_id = make_job(running=2)
+    with contextlib.suppress(psycopg.errors.DuplicateObject):
+        db.execute("CREATE ROLE beacon_weak_owner")
+    db.execute("GRANT ALL ON SCHEMA public TO beacon_weak_owner")
+    for function in db.execute("SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace").fetchall():
+        db.execute(f"ALTER FUNCTION {function[0]} OWNER TO beacon_weak_owner")
+    for table in ("jobs", "executions", "emergency_stops", "batch_changes"):
+        db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
+
+    for table in ("jobs", "executions"):
+        db.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY; ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+            connect().execute("SELECT emergency_stop_job(%s)", (job_id,))
+        db.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+    assert connect().execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["executions_stopped"] == 2
+
+
+@pytest.mark.parametrize("caller", ['"anna"', "[1]", "7"])
+def test_a_caller_that_is_no_object_is_refused(service, make_job, caller):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="expected an object"):
+        service.execute("SELECT emergency_stop_job(%s, caller => %s::jsonb)", (make_job(), caller))
+
+
+def test_a_full_notification_queue_does_not_keep_a_stop_from_committing(folder):
+    """A listener that stays in a transaction keeps the queue from being emptied. Version 1.0: no stop committed."""
+    with beacon_stop.embedded_postgres(folder) as url:
+        with psycopg.connect(url, autocommit=True) as db:
+            db.execute("ALTER SYSTEM SET max_notify_queue_pages = 64")
+        with psycopg.connect(url, autocommit=True) as db:
+            version = db.info.server_version
+    if version < 170000:
+        return
+    with beacon_stop.embedded_postgres(folder) as url:
+        beacon_stop.init_db(url)
+        with psycopg.connect(url, autocommit=True) as db, psycopg.connect(url, autocommit=True) as listener:
+            db.execute("INSERT INTO jobs (id, status) VALUES ('a', 'processing')")
+            for statement in ("LISTEN emergency_stop", "BEGIN", "SELECT 1"):
+                listener.execute(statement)
+            with pytest.raises(psycopg.errors.ProgramLimitExceeded):
+                for _ in range(100):
+                    db.execute("SELECT pg_notify('emergency_stop', repeat('x', 7000) || n) FROM generate_series(1, 10) AS n")
+            warnings = []
+            db.add_notice_handler(lambda diagnostic: warnings.append(diagnostic.message_primary))
+
+            assert db.execute("SELECT emergency_stop_job('a')").fetchone()[0]["ok"]
+    assert any("nobody was notified" in warning for warning in warnings)

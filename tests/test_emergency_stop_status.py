@@ -173,6 +173,17 @@ def test_confirmations_of_a_first_stop_do_not_count_for_the_second(db, service, 
     assert [execution["id"] for execution in status_of(job_id)["confirmation"]["outstanding"]] == second
 
 
+def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(db, service, make_worked_job, stop, status_of):
+    job_id, _ = make_worked_job(3)
+    stop(job_id)
+    service.execute("SELECT release_job(%s, 'mended', 'processing')", (job_id,))
+    db.execute("INSERT INTO executions (job_id, status, started_at) VALUES (%s, 'running', now())", (job_id,))
+    stop(job_id)
+
+    db.execute("DELETE FROM executions WHERE id = (SELECT max(id) FROM executions)")
+    assert status_of(job_id)["confirmation"] == {"in_hand": 0, "confirmed": 0, "outstanding": []}
+
+
 def test_a_stop_that_stopped_no_execution_has_nothing_outstanding(make_job, stop, status_of):
     job_id = make_job()
     stop(job_id)
@@ -180,10 +191,10 @@ def test_a_stop_that_stopped_no_execution_has_nothing_outstanding(make_job, stop
     assert status_of(job_id)["confirmation"] == {"in_hand": 0, "confirmed": 0, "outstanding": []}
 
 
-def test_columns_without_fractions_of_seconds_hide_no_execution(db, make_worked_job, stop, status_of):
+def test_columns_without_fractions_of_seconds_hide_no_execution(db, service, make_worked_job, stop, status_of):
     """They round the time of the stop, down as well as up."""
     db.execute("ALTER TABLE executions ALTER completed_at TYPE timestamp(0) USING completed_at AT TIME ZONE 'UTC'")
-    db.execute("SET timezone = 'Asia/Tokyo'")
+    service.execute("SET timezone = 'Asia/Tokyo'")
     jobs = [make_worked_job(1)[0] for _ in range(10)]
 
     def stop_at_another_fraction(number):

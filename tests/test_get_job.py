@@ -51,7 +51,7 @@ def hide_rows(db: psycopg.Connection) -> None:
     db.execute("CREATE ROLE beacon_owner")
     db.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_owner")
     for kind, query in {
-        "TABLE": "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'",
+        "TABLE": "SELECT quote_ident(tablename) FROM pg_tables WHERE schemaname = 'public'",
         "FUNCTION": "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
     }.items():
         for (name,) in db.execute(query).fetchall():

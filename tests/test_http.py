@@ -12,6 +12,7 @@ import beacon_stop
 
 
 def log_lines(capsys, event="emergency_stop"):
+    beacon_stop.LOG_HANDLER.flush()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     return [line for line in lines if line["event"] == event]
 
@@ -134,15 +135,18 @@ def test_dots_lead_to_no_route_but_the_one_that_the_server_sees(client, make_job
 def test_the_reason(client, make_job, db):
     job_id = make_job(running=1)
 
-    assert (
-        client.stop(job_id, json.dumps({"reason": "costs", "other": 1e999}).replace("Infinity", "1e999").encode()).json["reason"] == "costs"
-    )
+    assert client.stop(job_id, b'{"reason": "costs", "actor": "ann"}').json["reason"] == "costs"
     assert db.execute("SELECT reason, database_user FROM emergency_stops").fetchone() == ("costs", "beacon_service")
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{}", b' {"x": 1} ', b'{"reason": null, "force": null}', b'{"force": false}', b'{"x": ' + b"9" * 9_000 + b"}"]
-)
+def test_the_record_says_who_called(client, make_job, db):
+    client.stop(make_job(running=1), b'{"actor": "ann"}', HTTP_X_REQUEST_ID="req-1")
+
+    caller = {"actor": "ann", "client": "127.0.0.1", "request_id": "req-1"}
+    assert db.execute("SELECT caller, stopped_by FROM emergency_stops").fetchone() == (caller, "admin")
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b' { } ', b'{"reason": null, "force": null, "actor": null}', b'{"force": false}'])
 def test_bodies_that_ask_for_nothing_special(client, make_job, body):
     answer = client.stop(make_job(running=1), body)
 
@@ -169,6 +173,13 @@ BODIES = {
     json.dumps({"reason": "x" * 1_001}).encode(): "reason cannot be used: expected text of at most 1000 characters",
     b'{"force": 1}': "force cannot be used",
     b'{"force": "true"}': "force cannot be used",
+    b'{"force": ' + b"9" * 9_000 + b"}": "force cannot be used",
+    b'{"dry_run": 0}': "dry_run cannot be used",
+    b'{"actor": 1}': "actor cannot be used",
+    json.dumps({"actor": "x" * 201}).encode(): "actor cannot be used: expected text of at most 200 characters",
+    # 1.0 stopped the job, and lost the reason.
+    b'{"dryrun": true, "reson": "x"}': "body has an unknown key 'dryrun': expected reason, force, actor, dry_run",
+    b'{"forced": true}': "body has an unknown key 'forced'",
 }
 
 
@@ -184,7 +195,7 @@ def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
 
 def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
     job_id = make_job(running=1)
-    body = b'{"x": "%s"}' % (b"y" * (16 * 1024 - 9))
+    body = b"{}".ljust(16 * 1024)
 
     assert client.stop(job_id, body + b" ").status == 413
     assert client.stop(job_id, b"x" * 100_000).status == 413
@@ -302,7 +313,7 @@ def test_executions_of_several_pages(client, make_job, count):
         ("job_id=a&limit=1.5", "limit cannot be used"),
         ("job_id=a&limit=%D9%A3", "limit cannot be used"),
         ("job_id=a&limit=99999999999999999999", "limit cannot be used"),
-        ("job_id=a&after=x", "after cannot be used"),
+        ("job_id=a&after=x", "after is 'x': expected the id of an execution"),
         ("job_id=a&after=", "after cannot be used"),
         ("job_id=a&status=", "status cannot be used"),
         ("job_id=a&status=%00", "status cannot be used"),
@@ -321,10 +332,10 @@ def test_health(client, make_app, db):
     assert client("GET", "/health/ready").json == {"ok": True}
 
     db.execute("DROP FUNCTION get_job(text)")
-    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_blockers(text) FROM beacon_service")
+    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_status(text) FROM beacon_service")
     answer = client("GET", "/health/ready")
     assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
-    assert "emergency_stop_blockers(text), get_job(text)" in answer.json["error"]
+    assert "emergency_stop_status(text), get_job(text)" in answer.json["error"]
     assert client("GET", "/api/v1/jobs/a").status == 503
 
 
@@ -349,8 +360,15 @@ def test_without_a_database(make_app, monkeypatch):
         ("GET", "/health", 404),
         ("GET", "/api/v1/jobs", 404),
         ("GET", "/api/v1/executions/", 404),
-        ("GET", "/admin/jobs/a/emergency-stop", 405),
-        ("HEAD", "/admin/jobs/a/emergency-stop", 405),
+        ("GET", "/admin/jobs/a/emergency-stop", 403),
+        ("HEAD", "/admin/jobs/a/emergency-stop", 403),
+        ("DELETE", "/admin/jobs/a/emergency-stop", 405),
+        ("GET", "/admin/jobs/a/release", 405),
+        ("GET", "/admin/emergency-stop", 405),
+        ("POST", "/admin/runaways", 405),
+        ("POST", "/admin/jobs/a/release", 403),
+        ("POST", "/admin/emergency-stop", 403),
+        ("GET", "/admin/runaways", 403),
         ("DELETE", "/api/v1/jobs/a", 405),
         ("POST", "/health/live", 405),
         ("OPTIONS", "/api/v1/executions", 405),
@@ -376,7 +394,8 @@ def test_every_answer_has_its_headers(shared_client, method, path, status):
         assert int(answer.headers["Content-Length"]) == len(answer.body)
         assert answer.json
     if status == 405:
-        assert answer.headers["Allow"] == ("POST" if path.startswith("/admin") else "GET, HEAD")
+        allowed = {"/admin/jobs/a/emergency-stop": "POST, GET, HEAD", "/admin/runaways": "GET, HEAD"}
+        assert answer.headers["Allow"] == allowed.get(path, "POST" if path.startswith("/admin") else "GET, HEAD")
 
 
 def test_head_of_the_listing(client, make_job):
@@ -394,17 +413,57 @@ def test_the_callers_request_id(shared_client, given, taken):
     assert (answer.headers["X-Request-ID"] == given) == taken
 
 
-@pytest.mark.parametrize("bug", ["NULL::json", "to_json(1 / length(right(id, 0)))", "to_json(repeat('9', 99)::int)"])
-def test_a_bug_leaks_no_detail(client, make_job, db, capsys, bug):
+REFUSALS = {
+    "SELECT to_json(1 / length(right(id, 0)))": ("22012", "division by zero"),
+    "SELECT to_json(repeat('9', 99)::int)": ("22003", f'value "{"9" * 99}" is out of range for type integer'),
+    "DO $$ BEGIN RAISE 'no' USING ERRCODE = 'P0001'; END $$": ("P0001", "no"),
+    "DO $$ BEGIN RAISE unique_violation USING MESSAGE = 'twice'; END $$": ("23505", "twice"),
+    "DO $$ BEGIN RAISE object_not_in_prerequisite_state USING MESSAGE = 'not now'; END $$": ("55000", "not now"),
+    "DO $$ BEGIN RAISE lock_not_available USING MESSAGE = 'mine', DETAIL = 'no JSON'; END $$": ("55P03", "mine"),
+    "DO $$ BEGIN RAISE statement_too_complex USING MESSAGE = 'deep'; END $$": ("54001", "deep"),
+    "DO $$ BEGIN RAISE invalid_parameter_value USING MESSAGE = 'odd'; END $$": ("22023", "odd"),
+    "DO $$ BEGIN RAISE internal_error USING MESSAGE = 'broken'; END $$": ("XX000", "broken"),
+}
+
+
+def replace_function(db, signature, arguments, statement):
+    """Put a function of an application's in the place of one that the service calls."""
+    db.execute(f"DROP FUNCTION {signature} CASCADE")
+    if statement.startswith("DO"):
+        body = statement.removeprefix("DO $$ ").removesuffix(" $$")
+        db.execute(f"CREATE FUNCTION {arguments} RETURNS json LANGUAGE plpgsql AS $$ {body} $$")
+    else:
+        db.execute(f"CREATE FUNCTION {arguments} RETURNS json LANGUAGE sql AS $$ {statement} $$")
+
+
+@pytest.mark.parametrize("statement", REFUSALS)
+def test_the_admin_is_told_what_the_database_refused_and_strangers_nothing(client, make_job, db, capsys, statement):
+    """1.0 said "database unavailable" of the classes 22, 23, 54 and 55, and nothing of any."""
+    sqlstate, message = REFUSALS[statement]
     job_id = make_job(running=1)
-    db.execute("ALTER FUNCTION emergency_stop_job RENAME TO hidden")
-    db.execute(f"CREATE FUNCTION emergency_stop_job(id text, reason text) RETURNS json LANGUAGE sql AS $$ SELECT {bug} $$")
+    stop = "emergency_stop_job(id text, reason text, force boolean, caller jsonb)"
+    replace_function(db, "emergency_stop_job(text,text,boolean,jsonb)", stop, statement)
+    replace_function(db, "get_job(text)", "get_job(id text)", statement)
 
     answer = client.stop(job_id, HTTP_X_REQUEST_ID="req-1")
+    told = {"message": message, "sqlstate": sqlstate}
+    assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": "req-1", **told})
+    answer = client("GET", "/api/v1/jobs/x", HTTP_X_REQUEST_ID="req-2")
+    if sqlstate == "55P03":
+        assert (answer.status, answer.json) == (503, {"error": "tables are locked"})
+    else:
+        assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": "req-2"})
+    assert any("Traceback" in line["traceback"] for line in log_lines(capsys, "error"))
+
+
+def test_a_bug_leaks_no_detail(client, make_job, db, capsys):
+    stop = "emergency_stop_job(id text, reason text, force boolean, caller jsonb)"
+    replace_function(db, "emergency_stop_job(text,text,boolean,jsonb)", stop, "SELECT NULL::json")
+
+    answer = client.stop("a", HTTP_X_REQUEST_ID="req-1")
     assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": "req-1"})
-    logged = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [line["request_id"] for line in logged] == ["req-1", "req-1"]
-    assert "Traceback" in "".join(line.get("traceback", "") for line in logged)
+    (line,) = log_lines(capsys, "error")
+    assert (line["request_id"], "Traceback" in line["traceback"]) == ("req-1", True)
 
 
 def test_what_the_databases_encoding_does_not_have(installed, server_url):
@@ -506,7 +565,7 @@ def test_any_number_of_clients_takes_bounded_memory():
 def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
     client = Client(make_app(failed_rate="1/minute"))
     job_id = make_job(running=2)
-    client.stop(job_id, b'{"reason": "line\\nbreak"}', HTTP_X_REQUEST_ID="req-1")
+    client.stop(job_id, b'{"reason": "line\\nbreak", "actor": "ann"}', HTTP_X_REQUEST_ID="req-1")
     client.stop(job_id)
     client.stop("nix")
     client.stop(make_job(status="failed", running=1))
@@ -522,7 +581,7 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
     first = lines[0]
     assert first | {"time": None, "duration_ms": None} == {
         "time": None, "event": "emergency_stop", "request_id": "req-1", "client": "127.0.0.1", "job_id": job_id, "outcome": "stopped",
-        "executions_stopped": 2, "reason": "line\nbreak", "duration_ms": None, "status": 200,
+        "executions_stopped": 2, "reason": "line\nbreak", "actor": "ann", "duration_ms": None, "status": 200,
     }  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
     assert 0 < first["duration_ms"] < 60_000
@@ -540,8 +599,8 @@ def test_secrets_stay_secret(make_app, capsys, monkeypatch):
     written = capsys.readouterr()
     assert TOKEN not in written.err + written.out
     assert "secret-password" not in written.err + written.out
-    assert TOKEN not in repr(app.service().settings)
-    assert "secret-password" not in repr(app.service().settings)
+    assert TOKEN not in repr(app.settings)
+    assert "secret-password" not in repr(app.settings)
 
 
 def test_a_log_that_nobody_reads_keeps_no_job_running(client, make_job, monkeypatch):
@@ -599,7 +658,7 @@ def test_readers_never_use_the_admins_connections(client, make_job, db):
     admin = [query for name, query in last if name == "beacon-stop admin"]
     assert len(admin) == 4
     assert {query.split("(")[0] for query in admin} <= {"SELECT set_config", "SELECT emergency_stop_job"}
-    assert sorted(name for name, query in last if "unnest" in query) == ["beacon-stop group", "beacon-stop health"]
+    assert [name for name, query in last if "emergency_stop_faults" in query] == ["beacon-stop health"]
 
 
 def test_a_database_that_defaults_to_serializable(db, make_app, make_job):

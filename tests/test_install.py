@@ -50,10 +50,11 @@ def install(url: str, **environment: str) -> tuple[list[str], list[str]]:
 def everything(db: psycopg.Connection) -> list[tuple]:
     """All objects of the schema with what defines them."""
     return db.execute("""
-        SELECT 'column', c.table_name || '.' || c.column_name, c.data_type || COALESCE(c.column_default, '') || c.is_nullable
+        SELECT 'column', c.table_name || '.' || c.column_name, concat(c.data_type, c.column_default, c.is_nullable)
         FROM information_schema.columns c WHERE c.table_schema = 'public'
         UNION ALL SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
-        UNION ALL SELECT 'trigger', t.tgname, pg_get_triggerdef(t.oid) || t.tgenabled::text FROM pg_trigger t WHERE NOT t.tgisinternal
+        UNION ALL SELECT 'trigger', t.tgname, pg_get_triggerdef(t.oid) || t.tgenabled::text
+                  FROM pg_trigger t WHERE NOT t.tgisinternal
         UNION ALL SELECT 'constraint', conname, pg_get_constraintdef(oid) FROM pg_constraint
                   WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
         UNION ALL SELECT 'function', oid::regprocedure::text, pg_get_functiondef(oid) || proacl::text
@@ -99,7 +100,7 @@ def test_install_sql_includes_each_file_in_order():
 
 def test_files_of_plain_ascii_sql():
     """psql, psycopg and pytest-postgresql load the same bytes: no backslash commands, no transactions of their own."""
-    for file in [*beacon_stop.sql_files(), UNINSTALL, ROOT / "sql" / "plproxy" / "router.sql"]:
+    for file in [*beacon_stop.sql_files(), UNINSTALL]:
         assert file.read_text().isascii(), "of any encoding that a client or a server may have"
         lines = file.read_text().splitlines()
         assert not [line for line in lines if line.startswith("\\")], file.name
@@ -154,7 +155,10 @@ def test_installing_again_locks_no_table(db, connect, owner_url, make_job):
     worker.commit()
 
 
-UPDATE_JOB, UPDATE_EXECUTION = "UPDATE jobs SET updated_at = now() WHERE id = %s", "UPDATE executions SET output = NULL WHERE job_id = %s"
+UPDATE_JOB, UPDATE_EXECUTION = (
+    "UPDATE jobs SET updated_at = now() WHERE id = %s",
+    "UPDATE executions SET output = NULL WHERE job_id = %s",
+)
 WORKERS = {
     "job first": [UPDATE_JOB, UPDATE_EXECUTION],
     "execution first": [UPDATE_EXECUTION, UPDATE_JOB],
@@ -199,7 +203,11 @@ def test_an_upgrade_waits_for_a_transaction_of_any_lock_order_without_a_deadlock
         worker.execute(first, ("new",))
 
         with in_thread(install, bare_url):
-            wait_until(lambda: bare.execute("SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted").fetchall())
+            wait_until(
+                lambda: bare.execute(
+                    "SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted"
+                ).fetchall()
+            )
             worker.execute(second, ("new",))
             worker.commit()
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone()[0] in ("1", "2")
@@ -219,6 +227,7 @@ def test_upgrade_and_repetition_beside_busy_workers(bare, bare_url):
 def test_the_first_installation_beside_busy_workers(bare, bare_url):
     """Of version 1.0 it was in a deadlock with one of them now and then."""
     bare.execute(VERSION_1)
+    install(bare_url)
     run_psql(bare_url, "-f", UNINSTALL)
 
     for _ in range(3):
@@ -243,13 +252,25 @@ def test_tables_that_are_never_free_are_named_with_who_uses_them(bare, bare_url)
 
 def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
     bare.execute(VERSION_1)
-    stops = bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall()
+    stops = bare.execute(
+        "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
+    ).fetchall()
 
     said, _ = install(bare_url)
-    assert {"function emergency_stop_end_blockers(text): dropped", "index executions_job_id_active_idx of version 1.0: dropped"} < set(said)
+    assert {
+        "function emergency_stop_end_blockers(text): dropped",
+        "index executions_job_id_active_idx of version 1.0: dropped",
+    } < set(said)
     assert everything(bare) == without_grants(db)
-    assert bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall() == stops
-    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [("stop", None, 0, None)]
+    assert (
+        bare.execute(
+            "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
+        ).fetchall()
+        == stops
+    )
+    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [
+        ("stop", None, 0, None)
+    ]
     assert bare.execute("SELECT emergency_stop_job('old')->>'action'").fetchone() == ("none",)
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone() == ("1",)
 
@@ -257,14 +278,15 @@ def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_record
 def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
     """A service that could pull the brake before must not find itself without."""
     bare.execute(VERSION_1)
-    bare.execute("GRANT EXECUTE ON FUNCTION emergency_stop_job, emergency_stop_blockers, emergency_stop_jobs, list_executions, get_job"
-                 " TO beacon_service")  # fmt: skip
+    names = ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
+    bare.execute(f"GRANT EXECUTE ON FUNCTION {', '.join(names)} TO beacon_service")
 
     install(bare_url)
     may = bare.execute("""
         SELECT p.proname FROM pg_proc p
-        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE') ORDER BY 1""")
-    assert [name for (name,) in may] == ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')
+        ORDER BY 1""")
+    assert [name for (name,) in may] == names
 
 
 def test_what_is_switched_off_is_switched_on(db, owner_url):
@@ -317,6 +339,78 @@ def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
     ]
 
 
+def test_states_in_the_statistics_are_warned_of_once(db, owner_url, make_job):
+    make_job(queued=50, running=50)
+    db.execute("ANALYZE executions")
+
+    assert install(owner_url)[1] == [
+        "executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"
+    ]
+
+
+def test_no_foreign_key_is_warned_of(bare, bare_url):
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text)")
+    bare.execute("CREATE TABLE executions (id bigint, job_id text, status text)")
+
+    assert install(bare_url)[1] == [
+        "no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist"
+    ]
+
+
+@pytest.fixture
+def owner(bare: psycopg.Connection, bare_url: str) -> str:
+    """The URL of a role that is no superuser and may install, in the database where nothing is installed."""
+    bare.execute("DROP ROLE IF EXISTS beacon_owner")
+    bare.execute("CREATE ROLE beacon_owner LOGIN PASSWORD 'owner-in-tests'")
+    bare.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_owner")
+    return psycopg.conninfo.make_conninfo(bare_url, user="beacon_owner", password="owner-in-tests")
+
+
+def test_an_owner_who_may_not_end_sessions_is_warned_of(bare, owner):
+    """Version 1.0 let that be found in the emergency."""
+    _, warned = install(owner)
+    assert [warning.split(", ")[0] for warning in warned] == ["role beacon_owner", "role beacon_owner"]
+    assert any(warning.endswith("GRANT pg_signal_backend TO beacon_owner") for warning in warned)
+    bare.execute("GRANT pg_signal_backend, pg_read_all_stats TO beacon_owner")
+
+    assert install(owner)[1] == []
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions"])
+def test_rows_hidden_from_the_functions_owner_are_refused(bare, owner, table):
+    """Version 1.0 installed, and answered `ok`, 0 stopped."""
+    install(owner)
+    bare.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    install(owner)  # the owner of the table sees all of it
+    bare.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+    before = everything(bare)
+
+    done = run_psql(owner, "-f", INSTALL)
+    assert (done.returncode, messages(done.stderr, "ERROR")) == (
+        3,
+        [f"row-level security on table {table} hides rows from role beacon_owner, which owns the functions"],
+    )
+    assert everything(bare) == before
+    bare.execute("ALTER ROLE beacon_owner BYPASSRLS")
+    install(owner)
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions"])
+def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
+    """Version 1.0 let that be found in the emergency, as an internal error."""
+    check = "CONSTRAINT states CHECK (status IN ('pending', 'processing', 'completed'))"
+    bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text {check if table == 'jobs' else ''})")
+    bare.execute(
+        f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})"
+    )
+    before = everything(bare)
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
+        beacon_stop.init_db(bare_url)
+    assert refused.value.diag.message_primary == f"constraint states on table {table} forbids the status failed"
+    assert everything(bare) == before
+
+
 def test_a_schema_open_to_everyone_is_warned_of(bare, bare_url):
     bare.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     assert install(bare_url)[1] == []
@@ -337,20 +431,28 @@ def test_any_schema_of_the_search_path(bare, bare_url):
     options = {"PGOPTIONS": '-csearch_path="Odd,\\ schema",public'}
 
     install(bare_url, **options)
-    bare.execute("SET search_path = \"Odd, schema\"; INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a')")
+    bare.execute('SET search_path = "Odd, schema"')
+    bare.execute("INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a')")
     bare.execute("SET search_path = public")
     assert bare.execute('SELECT "Odd, schema".emergency_stop_job(%s)', ("a",)).fetchone()[0]["executions_stopped"] == 1
     assert install(bare_url, **options)[0][-1] == "columns, indexes, triggers: all there already"
     assert run_psql(bare_url, "-f", UNINSTALL, **options).returncode == 0
-    assert bare.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace").fetchone() == (0,)
+    assert bare.execute(
+        "SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace"
+    ).fetchone() == (0,)
 
 
 @pytest.mark.parametrize("tool", ["psql", "psycopg"])
 def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_url, make_job, stop, tool):
     stop(make_job("stopped", running=3))
     make_job("goes-on", running=1)
-    counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
-    before, columns = db.execute(counts).fetchone(), [row for row in everything(db) if row[0] in ("column", "constraint")]
+    counts = (
+        "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
+    )
+    before, columns = (
+        db.execute(counts).fetchone(),
+        [row for row in everything(db) if row[0] in ("column", "constraint")],
+    )
 
     for _ in range(2):
         if tool == "psql":
@@ -361,8 +463,8 @@ def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_
         left = everything(db)
         assert [row for row in left if row[0] in ("trigger", "function")] == []
         assert {name for kind, name, _ in left if kind == "index"} == {
-            "jobs_pkey", "executions_pkey", "emergency_stops_pkey", "emergency_stops_job_id_id_idx", "batch_changes_pkey",
-            "batch_changes_job_id_idx",
+            "jobs_pkey", "executions_pkey", "emergency_stops_pkey", "batch_changes_pkey",
+            "emergency_stops_job_id_id_idx", "batch_changes_job_id_idx",
         }  # fmt: skip
     assert [row for row in left if row[0] in ("column", "constraint")] == columns
     assert db.execute(counts).fetchone() == before
@@ -380,16 +482,25 @@ def test_installing_again_after_uninstalling(db, owner_url, make_job, stop):
         db.execute("INSERT INTO executions (job_id) VALUES ('stopped')")
 
 
-def test_uninstalling_version_1_takes_its_triggers_and_indexes(bare, bare_url):
+def test_uninstalling_what_is_not_installed_says_how(bare, bare_url):
     bare.execute(VERSION_1)
+    before = everything(bare)
 
-    assert run_psql(bare_url, "-v", "ON_ERROR_STOP=1", "-f", UNINSTALL).returncode == 0
-    assert [row[1] for row in everything(bare) if row[0] in ("trigger", "function")] == []
+    done = run_psql(bare_url, "-v", "ON_ERROR_STOP=1", "-f", UNINSTALL)
+    assert (done.returncode, messages(done.stderr, "NOTICE")) == (0, ["schema public: nothing to take away"])
+    assert "install this version over it first" in done.stderr
+    assert everything(bare) == before
 
 
 def test_psql_alone_installs_stops_and_says_what_was_stopped(bare_url):
     install(bare_url)
     query = "SELECT emergency_stop_job('a')->>'executions_stopped'"
 
-    run_psql(bare_url, "-c", "INSERT INTO jobs (id) VALUES ('a')", "-c", "INSERT INTO executions (job_id) VALUES ('a'), ('a')")
+    run_psql(
+        bare_url,
+        "-c",
+        "INSERT INTO jobs (id) VALUES ('a')",
+        "-c",
+        "INSERT INTO executions (job_id) VALUES ('a'), ('a')",
+    )
     assert run_psql(bare_url, "-At", "-c", query).stdout == "2\n"

@@ -61,7 +61,7 @@ def test_a_page_is_read_by_index(db, connect, make_job):
 
 
 def test_pages_of_a_large_job_are_read_by_index_however_often_they_are_asked_for(db, connect, make_job):
-    """PostgreSQL plans anew for the first five calls of a session only. A plan for all must not read what comes before a page."""
+    """PostgreSQL plans the first five calls anew. The plan for all later ones must not read what is before a page."""
     job_id = make_job(running=5_000)
     db.execute("VACUUM ANALYZE executions")
     session = connect(autocommit=False)

@@ -68,12 +68,13 @@ def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (2,)
 
 
-def test_a_job_that_failed_by_itself_and_was_stopped_then_is_released(db, make_job, stop, release):
-    job_id = make_job(status="failed", metadata=[1, 2])
+@pytest.mark.parametrize("metadata", [None, {"owner": "me"}, [1, 2], "text"])
+def test_a_job_that_failed_by_itself_and_was_stopped_then_is_released(db, make_job, stop, release, metadata):
+    job_id = make_job(status="failed", metadata=metadata)
     assert stop(job_id)["action"] == "none"
 
     assert release(job_id)["previous_status"] == "failed"
-    assert db.execute("SELECT status, metadata FROM jobs").fetchone() == ("pending", [1, 2])
+    assert db.execute("SELECT status, metadata FROM jobs").fetchone() == ("pending", metadata)
 
 
 def test_a_job_that_only_has_the_mark_is_released(db, make_job, release):
@@ -142,15 +143,21 @@ def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, s
     assert release(job_id)["ok"]
 
 
-def test_a_release_that_is_not_committed_is_named_to_a_stop(make_job, stop, connect, service, service_url):
+def test_a_release_that_is_not_committed_is_named_to_a_stop(db, make_job, stop, connect, service, service_url):
+    """Also while its session is busy with something else."""
     job_id = make_job(running=1)
     stop(job_id)
-    operator = connect(service_url, autocommit=False)
+    operator, other = connect(service_url, autocommit=False), connect()
     operator.execute(RELEASE, (job_id, "mended", "pending"))
-
-    blockers = service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
-    assert blockers == [(operator.info.backend_pid,)]
+    blockers = "SELECT pid FROM emergency_stop_blockers(%s)"
+    assert service.execute(blockers, (job_id,)).fetchall() == [(operator.info.backend_pid,)]
     assert operator.execute("SHOW lock_timeout").fetchone() == ("0",)
+
+    other.execute("SELECT pg_advisory_lock(1)")
+    with in_thread(operator.execute, "SELECT pg_advisory_xact_lock(1)"):
+        wait_until(lambda: is_waiting(db, operator))
+        assert service.execute(blockers, (job_id,)).fetchall() == [(operator.info.backend_pid,)]
+        other.execute("SELECT pg_advisory_unlock(1)")
 
 
 def test_of_two_at_once_one_releases_the_job(db, make_job, stop, connect, service_url):
@@ -167,15 +174,14 @@ def test_of_two_at_once_one_releases_the_job(db, make_job, stop, connect, servic
 
 
 def test_the_permission_ends_with_the_release_even_in_its_transaction(make_job, stop, connect):
-    job_id, other = make_job(running=1), make_job(running=1)
+    job_id = make_job(running=1)
     stop(job_id)
-    stop(other)
     owner = connect(autocommit=False)
-    owner.execute(RELEASE, (job_id, "mended", "completed"))
+    owner.execute(RELEASE, (job_id, "mended", "pending"))
     owner.execute("SELECT emergency_stop_job(%s)", (job_id,))
 
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
-        owner.execute("UPDATE jobs SET status = 'pending', metadata = '{}' WHERE id = %s", (other,))
+        owner.execute("UPDATE jobs SET status = 'pending', metadata = '{}' WHERE id = %s", (job_id,))
 
 
 @pytest.mark.parametrize(

@@ -325,3 +325,20 @@ def test_readers_on_a_standby_and_stops_on_the_primary(pair, start_service):
 
     standby.start()
     wait_until(lambda: strict("GET", "/api/v1/jobs/job-2").status == 200, 5)
+
+
+def test_the_standby_answers_which_job_it_is_and_that_nothing_can_be_stopped_there(pair):
+    primary, standby = pair
+    add_jobs(primary, 2)
+    with psycopg.connect(url_of(standby, target_session_attrs="any"), autocommit=True) as service:
+        runaways = "SELECT runaway_jobs() -> 'jobs'"
+        jobs = wait_until(lambda: service.execute(runaways).fetchone()[0])
+
+        assert [(job["job_id"], job["started"], job["active"]) for job in jobs] == [("job-0", 3, 3), ("job-1", 3, 3)]
+        assert service.execute("SELECT * FROM emergency_stop_faults()").fetchall() == [
+            ("this server is a standby: nothing can be stopped here, only on the primary",)
+        ]
+        status = service.execute("SELECT emergency_stop_status('job-0')").fetchone()[0]
+        assert (status["active"]["running"], status["blocked_by"]) == (3, [])
+        with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+            service.execute("SELECT emergency_stop_dry_run('job-0')")
