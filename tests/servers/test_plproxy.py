@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,8 +279,10 @@ def test_a_locked_job_is_said_to_be_with_all_who_hold_it_and_force_ends_those(sh
             session.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
         other.execute("SELECT FROM executions WHERE job_id = %s FOR UPDATE", (job_id,))
 
+        began = time.monotonic()
         with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked") as locked:
             shards.call("emergency_stop_job(%s)", job_id)
+        assert 0.3 <= time.monotonic() - began < 2  # by the lock_timeout of the session on the front
         blocked_by = json.loads(locked.value.diag.message_detail)
         assert {blocker["pid"]: blocker["application_name"] for blocker in blocked_by} == {
             holder.info.backend_pid: "holder", other.info.backend_pid: "other",
