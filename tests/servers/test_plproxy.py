@@ -334,6 +334,21 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
     assert shards.service.execute("SELECT * FROM emergency_stop_jobs('{}')").fetchall() == []
 
 
+def test_several_jobs_with_patience_and_force(shards):
+    held, other = shards.make_job("held", running=2), shards.make_job("other", running=1)
+    shards.service.execute("SET lock_timeout = '300ms'")
+    stop = "SELECT summary FROM emergency_stop_jobs(%s, patience => '400 ms', force => %s)"
+    with shards.connect_to_shard_of(held) as holder:
+        holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (held,))
+
+        began = time.monotonic()
+        answers = [summary for (summary,) in shards.service.execute(stop, ([held, other], False))]
+        assert 0.4 <= time.monotonic() - began < 2
+        assert [summary.get("error") for summary in answers] == ["job is locked", None]
+        ((answer,),) = shards.service.execute(stop, ([held], True)).fetchall()
+        assert (answer["executions_stopped"], answer["sessions_ended"]) == (2, 1)
+
+
 def test_runaways_of_all_shards_most_started_first(shards):
     jobs = [shards.make_job(f"job-{number}", running=number + 1) for number in range(8)]
 
