@@ -259,6 +259,7 @@ def test_each_function_about_one_job_runs_on_its_shard(shards):
             shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"]
             == "pending"
         )
+        assert shards.call("emergency_stop_status(%s)", job_id)["history"][0]["actor"] == "bob"
         assert shards.call("release_job(%s, 'all clear', 'pending')", job_id)["error"] == "job is not stopped"
     for function in ("emergency_stop_job", "emergency_stop_dry_run", "emergency_stop_status", "get_job"):
         assert shards.call(f"{function}('nix')") == {"error": "job not found", "job_id": "nix"}
@@ -347,6 +348,8 @@ def test_several_jobs_with_patience_and_force(shards):
         assert [summary.get("error") for summary in answers] == ["job is locked", None]
         ((answer,),) = shards.service.execute(stop, ([held], True)).fetchall()
         assert (answer["executions_stopped"], answer["sessions_ended"]) == (2, 1)
+        with pytest.raises(psycopg.OperationalError):
+            holder.execute("SELECT")
 
 
 def test_runaways_of_all_shards_most_started_first(shards):
@@ -360,6 +363,19 @@ def test_runaways_of_all_shards_most_started_first(shards):
     answer = shards.call("runaway_jobs(10, 3)")
     assert [job["job_id"] for job in answer["jobs"]] == jobs[:-4:-1]
     assert (answer["minutes"], answer["truncated"]) == (10, True)
+    # Each shard has shown all that it has, but together these are too many.
+    on_each = [sum(shards.partition_of(job_id) % 2 == number for job_id in jobs) for number in range(2)]
+    assert max(on_each) < 8
+    answer = shards.call("runaway_jobs(10, %s)", max(on_each))
+    assert (len(answer["jobs"]), answer["truncated"]) == (max(on_each), True)
+
+
+def test_runaways_of_which_one_shard_has_not_shown_all(shards):
+    jobs = [id for id in (f"job-{number}" for number in range(16)) if shards.partition_of(id) % 2 == 0]
+    for job_id in jobs[:4]:
+        shards.make_job(job_id, running=1)
+
+    assert [shards.call("runaway_jobs(5, %s)", number)["truncated"] for number in (3, 4)] == [True, False]
 
 
 def test_faults_name_their_shard(shards):
