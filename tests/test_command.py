@@ -144,7 +144,7 @@ def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path
 
 @pytest.fixture
 def start_demo(folder):
-    """`beacon-stop serve --demo` in a folder, with temporary files in tmp/ beside it; gives the process and its curl line."""
+    """`beacon-stop serve --demo` in a folder, with temporary files in tmp/ beside it; gives process and curl line."""
     folder.chmod(0o755)  # PostgreSQL, which does not run as root, has to get to tmp/
     (folder / "tmp").mkdir()
     (folder / "tmp").chmod(0o1777)
@@ -265,7 +265,7 @@ def test_a_demo_on_a_port_in_use_says_how_to_choose_another(start_demo, folder):
 def test_a_folder_in_which_postgresql_cannot_have_its_socket_is_named(tmp_path):
     for name in ("a b", "it's", "x" * 100):
         (tmp_path / name).mkdir()
-        with pytest.raises(beacon_stop.ConfigurationError, match="cannot have its socket in .*TMPDIR names another"):
+        with pytest.raises(beacon_stop.ConfigurationError, match=r"cannot have its socket in .*TMPDIR names another"):
             with beacon_stop.embedded_postgres(tmp_path / name):
                 pass
 
