@@ -174,9 +174,7 @@ class Settings:
             failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
             read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
             trusted_proxies=read_number(environment, "BEACON_TRUSTED_PROXIES", 0, 0, 100),
-            lock_timeout=min(
-                lock_timeout, 0.5 * statement_timeout
-            ),  # to leave time to tell who holds a job, or end them
+            lock_timeout=min(lock_timeout, 0.4 * statement_timeout),  # with force a stop waits twice, and then works
             statement_timeout=statement_timeout,
             admin_pool=read_number(environment, "BEACON_ADMIN_POOL", 4, 1, 1_000),
             read_pool=read_number(environment, "BEACON_READ_POOL", 4, 1, 1_000),
