@@ -45,7 +45,7 @@ $$;
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION job_barrier(id text)
-RETURNS bigint LANGUAGE plpgsql STABLE  -- a function in SQL would be planned anew in each call
+RETURNS bigint LANGUAGE plpgsql IMMUTABLE  -- a function in SQL would be planned anew in each call
 SET search_path FROM CURRENT
 AS $$
 BEGIN
