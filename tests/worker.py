@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -41,12 +41,18 @@ class StopWatch:
                 if not self.blocks[id]:
                     del self.blocks[id]
 
-    def confirm(self, *execution_ids: Any) -> None:
-        """Tell the operators that these executions have been dropped; while the database is away, later."""
-        with self.lock:
-            self.unconfirmed += execution_ids
-        with suppress(psycopg.OperationalError), self.connect() as connection:
-            self.send_confirmations(connection)
+    def confirm(self, execution_id: Any) -> bool:
+        """Tell the operators that this execution has been dropped; returns whether a stop had failed it.
+
+        While the database is away it returns False, and the thread confirms it later.
+        """
+        try:
+            with self.connect() as connection:
+                return connection.execute("SELECT confirm_stopped(%s)", ([execution_id],)).fetchone() == (1,)
+        except psycopg.OperationalError:
+            with self.lock:
+                self.unconfirmed.append(execution_id)
+            return False
 
     def connect(self) -> psycopg.Connection[Any]:
         return psycopg.connect(self.url, autocommit=True)
@@ -60,41 +66,37 @@ class StopWatch:
                     event.set()
 
     def send_confirmations(self, connection: psycopg.Connection[Any]) -> None:
-        with self.lock:
-            dropped = list(self.unconfirmed)
-        if dropped:
+        if dropped := list(self.unconfirmed):
             connection.execute("SELECT confirm_stopped(%s)", (dropped,))  # a second time does no harm
             with self.lock:
-                self.unconfirmed = [id for id in self.unconfirmed if id not in dropped]
+                del self.unconfirmed[: len(dropped)]
 
     def run(self) -> None:
         while True:
             try:
                 with self.connect() as connection:
                     connection.execute("LISTEN emergency_stop")  # first this, then a look: nothing falls in between
-                    named = None
+                    named, next_look = set[str](), 0.0
                     while True:
-                        self.send_confirmations(connection)
-                        for id in [id for id in list(self.blocks) if named is None or id in named]:
+                        if time.monotonic() >= next_look:
+                            named, next_look = set(self.blocks), time.monotonic() + self.poll_seconds
+                            self.send_confirmations(connection)
+                        for id in named & set(self.blocks):
                             self.look(connection, id)
-                        named = self.wait(connection)
+                        seconds = max(0, next_look - time.monotonic())
+                        named = {named_job(each.payload) for each in connection.notifies(timeout=seconds, stop_after=1)}
             except psycopg.Error:  # the connection dropped, or the database is being changed
                 time.sleep(0.2)
 
-    def wait(self, connection: psycopg.Connection[Any]) -> set[str] | None:
-        """The jobs that notifications name, or None when it is time to look at all of them."""
-        received = list(connection.notifies(timeout=self.poll_seconds, stop_after=1))
-        return {id for each in received if (id := named_job(each.payload)) is not None} if received else None
 
-
-def named_job(payload: str) -> str | None:
-    """The job that a notification names. Everybody may notify, so it may be anything."""
+def named_job(payload: str) -> str:
+    """The job that a notification names, or "". Everybody may notify, so the payload may be anything."""
     try:
         message = json.loads(payload)
     except (ValueError, RecursionError):
-        return None
+        return ""
     id = message.get("job_id") if isinstance(message, dict) else None
-    return id if isinstance(id, str) else None
+    return id if isinstance(id, str) else ""
 
 
 def work(watch: StopWatch, job_id: str, execution_id: Any, steps: Iterable[Callable[[], Any]]) -> bool:
@@ -105,8 +107,9 @@ def work(watch: StopWatch, job_id: str, execution_id: Any, steps: Iterable[Calla
                 if not stopped.is_set():
                     step()
                     continue
-            except psycopg.errors.ObjectNotInPrerequisiteState:  # PostgreSQL refuses what a stopped worker reports
-                pass
-            watch.confirm(execution_id)
+                watch.confirm(execution_id)
+            except psycopg.errors.ObjectNotInPrerequisiteState:  # what PostgreSQL refuses after a stop is dropped, too
+                if not watch.confirm(execution_id):
+                    raise
             return False
     return True
