@@ -18,11 +18,17 @@ PSQL_FOLDER = str(POSTGRES_VERSIONS[18])
 
 def headings(name: str) -> list[str]:
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
-    return [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
+    return [
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    ]
 
 
 def section(name: str, heading: str) -> str:
-    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)[1]
+    return re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE
+    )[1]
 
 
 def blocks_of(text: str, language: str) -> list[str]:
@@ -42,7 +48,9 @@ def shell(make_app, serve_app, service_url) -> Callable[..., subprocess.Complete
 
     def shell(script: str, id: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "-e", "-c", script]
-        return subprocess.run(command, env={**environment, "ID": id, **more}, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, env={**environment, "ID": id, **more}, capture_output=True, text=True, timeout=60
+        )
 
     return shell
 
@@ -55,7 +63,10 @@ def job(make_job: Callable[..., str], db: psycopg.Connection) -> str:
         "INSERT INTO executions (job_id, status, started_at) SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END"
         " FROM unnest('{pending,pending,running,processing}'::text[]) AS status, generate_series(1, 10)", (job_id,)
     )  # fmt: skip
-    db.execute("INSERT INTO executions (job_id, status, started_at) SELECT %s, 'running', now() FROM generate_series(1, 2)", (job_id,))
+    db.execute(
+        "INSERT INTO executions (job_id, status, started_at) SELECT %s, 'running', now() FROM generate_series(1, 2)",
+        (job_id,),
+    )
     return job_id
 
 
@@ -147,7 +158,9 @@ def test_an_unknown_id_is_an_answer_in_psql_and_a_locked_job_an_error(shell, con
     holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (make_job("held"),))
     done = shell(stop, "held", PGOPTIONS="-c lock_timeout=100ms")
     assert done.returncode == 3
-    assert "is locked" in done.stderr and f'"pid" : {holder.info.backend_pid}' in done.stderr.replace('"pid":', '"pid" :')
+    assert "is locked" in done.stderr and f'"pid" : {holder.info.backend_pid}' in done.stderr.replace(
+        '"pid":', '"pid" :'
+    )
 
 
 # --- sql/README.md ---
@@ -186,7 +199,9 @@ def test_an_incident_while_the_service_is_away(shell, job):
 
 
 def test_the_queries_of_the_record(db, job, service, stop):
-    service.execute("SELECT emergency_stop_job(%s, 'a', caller => %s)", (job, json.dumps({"actor": "ann", "request_id": "r"})))
+    service.execute(
+        "SELECT emergency_stop_job(%s, 'a', caller => %s)", (job, json.dumps({"actor": "ann", "request_id": "r"}))
+    )
     service.execute("SELECT release_job(%s, 'b', 'processing')", (job,))
     db.execute("INSERT INTO executions (job_id, status, started_at) VALUES (%s, 'running', now())", (job,))
     stop(job)
@@ -204,7 +219,9 @@ def test_the_queries_of_the_record(db, job, service, stop):
 
 
 def test_psql_and_curl_without_a_secret_in_the_process_list(shell, service_url, tmp_path):
-    files, environment, header = blocks_of(section("sql/README.md", "psql without a password in the process list"), "bash")
+    files, environment, header = blocks_of(
+        section("sql/README.md", "psql without a password in the process list"), "bash"
+    )
     parts = conninfo_to_dict(service_url)
     for name, value in (("db.example", parts["host"]), ("dbname=app", f"dbname={parts['dbname']}"), (":app:", f":{parts['dbname']}:"),
                         ("PGDATABASE=app", f"PGDATABASE={parts['dbname']}"), ("choose-one", parts["password"]), (":5432:", ":*:")):  # fmt: skip
@@ -229,11 +246,20 @@ def test_installing_and_taking_away_with_psql_alone(bare_database, server_url):
     }  # fmt: skip
     for block in ("sql/install.sql", "sql/uninstall.sql"):
         (script,) = [each for each in blocks_of((ROOT / "sql/README.md").read_text(), "bash") if block in each]
-        done = subprocess.run(["bash", "-ec", script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "-ec", script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
     query = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace ORDER BY 1"
-    assert bare_database.execute(query).fetchall() == [("batch_changes",), ("emergency_stops",), ("executions",), ("jobs",)]
-    assert bare_database.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace").fetchone() == (0,)
+    assert bare_database.execute(query).fetchall() == [
+        ("batch_changes",),
+        ("emergency_stops",),
+        ("executions",),
+        ("jobs",),
+    ]
+    assert bare_database.execute(
+        "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+    ).fetchone() == (0,)
 
 
 def test_the_front_page_names_every_route_and_setting():

@@ -119,7 +119,19 @@ def test_polling_goes_on_beside_a_stream_of_notifications_for_others(db, make_jo
 
 @pytest.mark.parametrize(
     "payload",
-    ["", "hello", "null", "[]", "7", "{}", '{"job_id": 7}', '{"job_id": ["a"]}', '{"job_id": null}', "[" * 7_000, "NaN"],
+    [
+        "",
+        "hello",
+        "null",
+        "[]",
+        "7",
+        "{}",
+        '{"job_id": 7}',
+        '{"job_id": ["a"]}',
+        '{"job_id": null}',
+        "[" * 7_000,
+        "NaN",
+    ],
 )
 def test_a_foreign_notification_does_no_harm(db, make_job, start_watch, payload):
     watch, job_id = start_watch(), make_job(running=1)
@@ -215,7 +227,9 @@ def test_another_error_of_the_same_class_is_not_taken_for_a_stop(db, connect, ma
 def test_work_that_nobody_stops_is_done(db, make_job, start_watch):
     watch, job_id, done = start_watch(), make_job(running=1), []
 
-    assert worker.work(watch, job_id, execution_of(db, job_id), [lambda: done.append(1), lambda: done.append(2)]) is True
+    assert (
+        worker.work(watch, job_id, execution_of(db, job_id), [lambda: done.append(1), lambda: done.append(2)]) is True
+    )
     assert done == [1, 2]
 
 
@@ -253,7 +267,10 @@ def test_many_threads_share_a_watch(db, make_job, start_watch):
         with watch.job(job_id) as stopped:
             told.append(stopped.wait(20))
 
-    with in_thread(lambda: [wait_for_the_end(job_id) for job_id in jobs]), in_thread(lambda: [wait_for_the_end(job_id) for job_id in jobs]):
+    with (
+        in_thread(lambda: [wait_for_the_end(job_id) for job_id in jobs]),
+        in_thread(lambda: [wait_for_the_end(job_id) for job_id in jobs]),
+    ):
         for job_id in jobs:
             db.execute(STOP, (job_id,))
     assert told == [True] * 20
