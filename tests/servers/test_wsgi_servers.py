@@ -20,7 +20,7 @@ from urllib.parse import quote
 import psutil
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, TOKEN, Answer, create_service_role, new_folder, readme_block, send, url_of, wait_until
+from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Answer, create_service_role, new_folder, readme_block, send, url_of, wait_until
 from processes import Cluster, Running, accepts_connections, free_port, running
 from psycopg.conninfo import conninfo_to_dict
 
