@@ -46,6 +46,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -90,7 +91,7 @@ FUNCTIONS = [
     "list_executions(text,text,text,bigint,bigint)", "timeout_stuck_jobs(interval,integer)",
     "repair_stuck_jobs(interval,integer)",
 ]  # fmt: skip
-# Single stops can do without. On a PL/Proxy front a group would not be one transaction, and as slow as its slowest shard.
+# Single stops can do without. On a PL/Proxy front a group is not one transaction, and as slow as its slowest shard.
 CAN_GROUP = """
     SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
@@ -173,7 +174,9 @@ class Settings:
             failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
             read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
             trusted_proxies=read_number(environment, "BEACON_TRUSTED_PROXIES", 0, 0, 100),
-            lock_timeout=min(lock_timeout, 0.8 * statement_timeout),  # else nobody would be told who holds a job
+            lock_timeout=min(
+                lock_timeout, 0.5 * statement_timeout
+            ),  # to leave time to tell who holds a job, or end them
             statement_timeout=statement_timeout,
             admin_pool=read_number(environment, "BEACON_ADMIN_POOL", 4, 1, 1_000),
             read_pool=read_number(environment, "BEACON_READ_POOL", 4, 1, 1_000),
@@ -513,10 +516,13 @@ class LogHandler(QueueHandler):
         self.seen = {text: when for text, when in self.seen.items() if now - when < 60} | {message: now}
         return True
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # a copy is for another process
+
     def enqueue(self, record: logging.LogRecord) -> None:
         if not self.is_started:  # not with the import, and anew after a fork
             self.is_started = True
-            QueueListener(self.queue, LogWriter()).start()
+            LogWriter(self.queue).start()
         try:
             self.queue.put_nowait(record)
         except Full:
@@ -529,10 +535,10 @@ class LogHandler(QueueHandler):
             time.sleep(0.002)
 
 
-class LogWriter(logging.Handler):
-    """Writes each record to stderr as a line of JSON, in the log's own thread."""
+class LogWriter(QueueListener):
+    """Writes each record to stderr as a line of JSON. No Handler: the end of the process would wait for its lock."""
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def handle(self, record: logging.LogRecord) -> None:
         stamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         library = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()[:2_000]}
         fields = getattr(record, "fields", library)
@@ -772,8 +778,8 @@ class Member(NamedTuple):
 class GroupedStops:
     """Lets stops that are asked for at the same time share a transaction: one round trip, one `NOTIFY`, one flush.
 
-    While the one thread has a group in the database, others gather in the queue. A stop that is alone there goes by
-    itself, as does one whose job is locked, or one with another reason than the first, or all if the group fails.
+    While the one thread has a group in the database, others gather in the queue. A stop whose job is locked goes by
+    itself, as does one with another reason than the first of its group, or all if the group fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -788,7 +794,10 @@ class GroupedStops:
             return None
         member = Member(job_id, reason, caller, Future())
         self.queue.put(member)
-        return member.answer.result()
+        try:
+            return member.answer.result(GROUP_TIMEOUT)
+        except FutureTimeout:  # the group before takes its time: whoever is not in a group yet goes by itself
+            return None if member.answer.cancel() else member.answer.result()
 
     def run(self) -> None:
         while member := self.queue.get():
@@ -796,9 +805,10 @@ class GroupedStops:
             with suppress(Empty):
                 while len(members) < GROUP_SIZE and (member := self.queue.get_nowait()):
                     members.append(member)
+            members = [each for each in members if each.answer.set_running_or_notify_cancel()]
             # In an order that all processes agree on, so that groups do not lock each other out.
-            group = sorted(each for each in members if each.reason == members[0].reason)
-            answers = self.ask(group) if len(group) > 1 else {}
+            group = sorted((each for each in members if each.reason == members[0].reason), key=lambda each: each.job_id)
+            answers = self.ask(group) if group else {}
             for each in members:
                 each.answer.set_result(answers.get(each.job_id))
             if member is None:
@@ -907,7 +917,7 @@ class Application:
         request.has_values = dry_run = bool(body["dry_run"])
         answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, request, bool(body["force"]))
         summary = json.loads(answer)
-        request.noted["outcome"] = "dry_run" if dry_run else outcome_of(summary)
+        request.noted["outcome"] = "dry_run" if summary.get("dry_run") else outcome_of(summary)
         request.noted["executions_stopped"] = summary.get("executions_stopped", 0)
         return answer_of(answer)
 
@@ -1116,6 +1126,7 @@ TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
 IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
 ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer, and a streamed one
+PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
 GRACE_SECONDS = 10.0  # that clients get to send and to take on SIGTERM; calls in the database get as long as they take
 MAX_CONNECTIONS = 900
@@ -1149,8 +1160,14 @@ class Answer(SimpleHandler):
     def finish_content(self) -> None:
         if not self.headers_sent:
             self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
+        self.client.connection.setblocking(False)
+        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
+        self.client.connection.setblocking(True)
         self.stdout.flush()
         self.client.close_connection = not self.client.keep_alive
+
+    def _flush(self) -> None:
+        """Leave it to the buffer and to finish_content."""
 
     def log_exception(self, exc_info: Any) -> None:
         if not issubclass(exc_info[0], OSError):  # the client went away
@@ -1170,7 +1187,7 @@ class Client(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    keep_alive, is_late, expects_continue = False, False, False
+    keep_alive = is_late = is_pipelined = expects_continue = False
     body_left: float = 0  # bytes
 
     def expect(self, phase: str, seconds: float) -> None:
@@ -1190,6 +1207,8 @@ class Client(BaseHTTPRequestHandler):
             self.handle_one_request()
             while not self.close_connection:
                 self.expect("waiting", IDLE_TIMEOUT)
+                if self.is_pipelined:
+                    time.sleep(PIPELINE_PAUSE)
                 self.handle_one_request()
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 -- lock_all_tables(): takes all of our tables alone, or none of them.
 -- Workers lock jobs and executions in either order: whoever keeps one of them and waits for the other is in a deadlock
 -- with some of them. So each wait is short, and all is let go of after one that was not enough. The moment at which no
--- worker is between the two is found by trying often, at times that nothing follows.
+-- worker is between the two is found by trying often, at random times.
 -- Returns  nothing
 -- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    jobs, executions, emergency_stops and batch_changes, as many as there are, in ACCESS EXCLUSIVE mode

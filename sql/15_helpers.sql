@@ -45,10 +45,12 @@ $$;
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION job_barrier(id text)
-RETURNS bigint LANGUAGE sql STABLE
+RETURNS bigint LANGUAGE plpgsql STABLE  -- a function in SQL would be planned anew in each call
 SET search_path FROM CURRENT
 AS $$
-    SELECT hashtextextended(job_barrier.id, 'jobs'::regclass::oid::bigint);
+BEGIN
+    RETURN hashtextextended(job_barrier.id, 'jobs'::regclass::oid::bigint);
+END;
 $$;
 REVOKE ALL ON FUNCTION job_barrier(text) FROM PUBLIC;
 COMMENT ON FUNCTION job_barrier(text) IS 'The key of the advisory lock that is the barrier of this job.';
@@ -103,10 +105,12 @@ COMMENT ON FUNCTION commit_durably() IS 'Makes the commit of this transaction wa
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION utc_seconds(at timestamptz)
-RETURNS text LANGUAGE sql STABLE
+RETURNS text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT to_char(utc_seconds.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+BEGIN
+    RETURN to_char(utc_seconds.at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+END;
 $$;
 REVOKE ALL ON FUNCTION utc_seconds(timestamptz) FROM PUBLIC;
 COMMENT ON FUNCTION utc_seconds(timestamptz) IS 'A time in UTC to the second, as in 2025-09-29T23:48:00Z.';
@@ -116,13 +120,15 @@ COMMENT ON FUNCTION utc_seconds(timestamptz) IS 'A time in UTC to the second, as
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION as_object(value jsonb, key text)
-RETURNS jsonb LANGUAGE sql IMMUTABLE
+RETURNS jsonb LANGUAGE plpgsql IMMUTABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT CASE WHEN jsonb_typeof(value) = 'object' THEN value
+BEGIN
+    RETURN CASE WHEN jsonb_typeof(value) = 'object' THEN value
                 WHEN value <> 'null' THEN jsonb_build_object(key, value)
                 ELSE '{}'
            END;
+END;
 $$;
 REVOKE ALL ON FUNCTION as_object(jsonb, text) FROM PUBLIC;
 COMMENT ON FUNCTION as_object(jsonb, text) IS 'The value as a JSON object, under this key if it is none, so that keys can be added to it.';
@@ -149,3 +155,21 @@ $$;
 REVOKE ALL ON FUNCTION notify_workers(text, json) FROM PUBLIC;
 COMMENT ON FUNCTION notify_workers(text, json) IS
     'Notifies the workers at the commit; only warns where the queue is nearly full, which would make the commit fail.';
+
+-- is_running(number): whether this is the number of a transaction, or of a part of one, that has not ended yet.
+-- Returns  true or false
+-- Raises   nothing of its own for a number that was taken from a row
+-- Locks    nothing
+CREATE OR REPLACE FUNCTION is_running(number xid)
+RETURNS boolean LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_next CONSTANT bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+BEGIN
+    -- pg_xact_status takes the whole number; a row has its lower half, which starts anew now and then.
+    RETURN pg_xact_status((v_next + ((number::text::bigint - v_next + 2147483648) & 4294967295) - 2147483648)::text::xid8) = 'in progress';
+END;
+$$;
+REVOKE ALL ON FUNCTION is_running(xid) FROM PUBLIC;
+COMMENT ON FUNCTION is_running(xid) IS 'Whether the transaction, or the part of one, with this number has not ended yet.';

@@ -287,13 +287,12 @@ DECLARE
     v_barrier    CONSTANT bigint := job_barrier(v_key);
     v_terminal   boolean;
     v_marked     boolean;
-    v_unchanged  boolean;  -- nobody is at work on the row
+    v_xmax       xid;      -- of whoever changes the job's row, or has locked it
     v_ended      boolean;  -- for good: with nothing active, there is nothing to do
 BEGIN
     PERFORM limit_lock_wait(wait);
-    SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), COALESCE(j.metadata @> '{"emergency_stop": true}', false),
-           j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT EXISTS (SELECT FROM pg_locks l WHERE l.transactionid = j.xmax AND l.granted)
-    INTO attempt_stop.status, v_terminal, v_marked, v_unchanged
+    SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), COALESCE(j.metadata @> '{"emergency_stop": true}', false), j.xmax
+    INTO attempt_stop.status, v_terminal, v_marked, v_xmax
     FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         outcome := 'not found';
@@ -301,7 +300,10 @@ BEGIN
     END IF;
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction that
     -- was admitted before the end is still open: it holds the barrier. Who is just setting the job back shows in xmax.
-    v_ended := v_terminal AND (v_marked OR v_unchanged AND (attempt_stop.status <> 'failed' OR last_record(v_key) = 'stop'));
+    v_ended := v_terminal AND v_marked;
+    IF v_terminal AND NOT v_marked THEN
+        v_ended := (attempt_stop.status <> 'failed' OR last_record(v_key) = 'stop') AND (v_xmax = '0' OR mxid_age(v_xmax) <= 0 AND NOT is_running(v_xmax));
+    END IF;
     -- Taken and given back in one expression where that is enough, because a lock that outlives the call costs more.
     IF (v_ended AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier)) IS NOT TRUE
        AND NOT pg_try_advisory_xact_lock(v_barrier) THEN

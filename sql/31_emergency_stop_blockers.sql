@@ -18,19 +18,14 @@ CREATE OR REPLACE FUNCTION sessions_of_part(part xid, relation regclass, began t
 RETURNS TABLE (xid xid, ambiguous boolean) LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
-DECLARE
-    v_next CONSTANT bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
-    v_part CONSTANT bigint := v_next + ((part::text::bigint - v_next + 2147483648) & 4294967295) - 2147483648;  -- without wraparound
 BEGIN
-    IF pg_xact_status(v_part::text::xid8) IS DISTINCT FROM 'in progress' THEN
-        RETURN;
-    END IF;
     RETURN QUERY
     SELECT t.transactionid, count(*) OVER () > 1
     FROM pg_locks t
     LEFT JOIN pg_stat_activity a ON a.pid = t.pid
     LEFT JOIN pg_prepared_xacts p ON t.pid IS NULL AND p.transaction = t.transactionid
-    WHERE t.locktype = 'transactionid' AND t.granted AND t.pid IS DISTINCT FROM pg_backend_pid() AND age(t.transactionid) > age(part)
+    WHERE is_running(part) AND t.locktype = 'transactionid' AND t.granted AND t.pid IS DISTINCT FROM pg_backend_pid()
+      AND age(t.transactionid) > age(part)
       AND (a.backend_xid = t.transactionid OR p.transaction IS NOT NULL)
       AND COALESCE(a.xact_start, p.prepared) <= began IS NOT FALSE
       AND EXISTS (SELECT FROM pg_locks l
@@ -78,7 +73,7 @@ BEGIN
         SELECT e.xmax, e.tableoid FROM executions e
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0' AND e.ctid <> ALL (v_free)
     LOOP
-        v_members := '{}';
+        v_members := NULL;
         IF mxid_age(v_row.xmax) > 0 THEN  -- it may be the number of a multixact
             BEGIN
                 v_members := ARRAY(SELECT m.xid FROM pg_get_multixact_members(v_row.xmax) m WHERE m.mode <> 'keysh');
@@ -86,12 +81,12 @@ BEGIN
             END;
         END IF;
         RETURN QUERY
-            SELECT h.number, v_row.xmax, v_row.xmax = ANY (v_running) AND cardinality(v_members) > 0
+            SELECT h.number, v_row.xmax, v_row.xmax = ANY (v_running) AND COALESCE(cardinality(v_members) > 0, false)
             FROM unnest(v_members || v_row.xmax) AS h (number)
             WHERE h.number = ANY (v_running)
             UNION ALL
             SELECT p.xid, v_row.xmax, p.ambiguous
-            FROM unnest(v_members || CASE WHEN v_members = '{}' THEN v_row.xmax END) AS h (number)
+            FROM unnest(COALESCE(v_members, ARRAY[v_row.xmax])) AS h (number)
             CROSS JOIN LATERAL sessions_of_part(h.number, v_row.relation, began) p
             WHERE h.number <> ALL (v_running);
     END LOOP;
@@ -114,7 +109,7 @@ AS $$
 DECLARE
     v_key     CONSTANT text := to_job_id(job_holders.id)::text;
     v_barrier CONSTANT bigint := job_barrier(v_key);
-    v_owner   CONSTANT oid := current_user::regrole::oid;
+    v_owner   CONSTANT oid := quote_ident(current_user)::regrole::oid;
 BEGIN
     RETURN QUERY
     WITH locks AS MATERIALIZED (

@@ -188,8 +188,9 @@ DECLARE
     v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
     -- As whom a stop runs.
     v_owner  CONSTANT name := COALESCE((
-        SELECT min(pg_get_userbyid(p.proowner)) FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = 'emergency_stop_job'), current_user);
+        SELECT pg_get_userbyid(p.proowner) FROM pg_proc p
+        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = 'emergency_stop_job'
+        LIMIT 1), current_user);
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';

@@ -24,23 +24,44 @@ BAD = {
     "a short token": ({"ADMIN_TOKEN": "x" * 15}, "ADMIN_TOKEN is too short: expected at least 16 characters"),
     "a token with a line break": ({"ADMIN_TOKEN": "x" * 20 + "\n"}, "ADMIN_TOKEN cannot be sent in a header"),
     "no database": ({"DATABASE_URL": ""}, "DATABASE_URL is not set: expected a libpq URL"),
-    "a bad database": ({"DATABASE_URL": "postgresql://u:secret-password@[/x"}, "DATABASE_URL cannot be read: expected a libpq URL"),
+    "a bad database": (
+        {"DATABASE_URL": "postgresql://u:secret-password@[/x"},
+        "DATABASE_URL cannot be read: expected a libpq URL",
+    ),
     "an unknown parameter": ({"DATABASE_URL": "postgresql://u:secret-password@h/x?y=z"}, "DATABASE_URL cannot be read"),
     "bytes": ({"DATABASE_URL": "postgresql://u:secret-password\udcff@h/x"}, "DATABASE_URL cannot be read"),
-    "a timeout": ({"DATABASE_URL": "postgresql://u:secret-password@h/x?connect_timeout=soon"}, "DATABASE_URL cannot be read"),
-    "a database port": ({"DATABASE_URL": "postgresql://u:secret-password@h:99999/x"}, "DATABASE_URL has a port that is none"),
-    "an @ in the password": ({"DATABASE_URL": "postgresql://u:secret@secret-password@h/x"}, "DATABASE_URL has an @ in its host"),
+    "a timeout": (
+        {"DATABASE_URL": "postgresql://u:secret-password@h/x?connect_timeout=soon"},
+        "DATABASE_URL cannot be read",
+    ),
+    "a database port": (
+        {"DATABASE_URL": "postgresql://u:secret-password@h:99999/x"},
+        "DATABASE_URL has a port that is none",
+    ),
+    "an @ in the password": (
+        {"DATABASE_URL": "postgresql://u:secret@secret-password@h/x"},
+        "DATABASE_URL has an @ in its host",
+    ),
     "a bad database for readers": (
         {"BEACON_READ_DATABASE_URL": "postgresql://u:secret-password@[/x"},
         "BEACON_READ_DATABASE_URL cannot be read",
     ),
-    "a port for readers": ({"BEACON_READ_DATABASE_URL": "postgresql://h:0/x"}, "BEACON_READ_DATABASE_URL has a port that is none"),
+    "a port for readers": (
+        {"BEACON_READ_DATABASE_URL": "postgresql://h:0/x"},
+        "BEACON_READ_DATABASE_URL has a port that is none",
+    ),
     "a name with two dots": ({"HOST": "a..b"}, "HOST is 'a..b': expected an address or a name of this machine"),
     "a port": ({"PORT": "http"}, "PORT is 'http': expected a whole number from 0 to 65535"),
     "a large port": ({"PORT": "65536"}, "PORT is '65536': expected a whole number from 0 to 65535"),
     "an address": ({"HOST": "300.1.1.1"}, "HOST is '300.1.1.1': expected an address or a name of this machine"),
-    "another machine's address": ({"HOST": "192.0.2.1"}, "cannot listen on 192.0.2.1 port 8080: Cannot assign requested address"),
-    "proxies": ({"BEACON_TRUSTED_PROXIES": "-1"}, "BEACON_TRUSTED_PROXIES is '-1': expected a whole number from 0 to 100"),
+    "another machine's address": (
+        {"HOST": "192.0.2.1"},
+        "cannot listen on 192.0.2.1 port 8080: Cannot assign requested address",
+    ),
+    "proxies": (
+        {"BEACON_TRUSTED_PROXIES": "-1"},
+        "BEACON_TRUSTED_PROXIES is '-1': expected a whole number from 0 to 100",
+    ),
     "no pool": ({"BEACON_ADMIN_POOL": "0"}, "BEACON_ADMIN_POOL is '0': expected a whole number from 1 to 1000"),
     "a pool": ({"BEACON_READ_POOL": "four"}, "BEACON_READ_POOL is 'four': expected a whole number from 1 to 1000"),
     **{
@@ -59,7 +80,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_setting_stops_the_start_with_its_name_and_what_was_expected(name, capsys, monkeypatch):
     settings, message = BAD[name]
-    for key in [key for key in os.environ if key.startswith(("BEACON_", "ADMIN_", "DATABASE_")) or key in ("HOST", "PORT")]:
+    for key in [
+        key for key in os.environ if key.startswith(("BEACON_", "ADMIN_", "DATABASE_")) or key in ("HOST", "PORT")
+    ]:
         monkeypatch.delenv(key)
     for key, value in {**GOOD, **settings}.items():
         monkeypatch.setenv(key, value)
@@ -78,7 +101,9 @@ def test_a_taken_port_stops_the_start(start_service, capsys, monkeypatch):
 
     assert beacon_stop.main(["serve", "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port")
+    assert said.startswith(
+        f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port"
+    )
 
 
 def test_settings_as_they_are_meant():
@@ -89,11 +114,15 @@ def test_settings_as_they_are_meant():
 
     assert settings.read_database_url == settings.database_url == GOOD["DATABASE_URL"]
 
-    settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"})
+    settings = beacon_stop.Settings.from_environment(
+        {**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"}
+    )
     assert (settings.lock_timeout, settings.statement_timeout) == (0.25, 120)
 
-    settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"})
-    assert (settings.lock_timeout, settings.statement_timeout) == (1.6, 2)
+    settings = beacon_stop.Settings.from_environment(
+        {**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"}
+    )
+    assert (settings.lock_timeout, settings.statement_timeout) == (1, 2)
 
     settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
     assert (settings.database_url, settings.read_database_url) == (GOOD["DATABASE_URL"], "postgresql:///standby")
@@ -108,7 +137,9 @@ def test_the_readme_lists_every_setting():
 
 def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path):
     for arguments in (["-c", "import beacon_stop; beacon_stop.application"], ["-m", "beacon_stop", "--help"]):
-        subprocess.run([sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True
+        )
 
 
 @pytest.fixture
@@ -125,7 +156,9 @@ def start_demo(folder):
             "TMPDIR": str(folder / "tmp"), "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": port, "PYTHONPATH": str(ROOT),
             "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service", "PGHOSTADDR": "192.0.2.1", **changes,
         }  # fmt: skip
-        environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
+        environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = (
+            "postgresql://nobody@127.0.0.1:9/not-this-one"
+        )
         process = subprocess.Popen(
             [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
             env=environment, cwd=folder / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -161,7 +194,8 @@ def test_the_demo_from_its_first_line_to_its_last_process(start_demo, folder):
     process, shown = start_demo()
     pid = postmaster(folder)
     match = re.fullmatch(
-        r"""curl -X POST (http://[^/]+)(/admin/jobs/([^/]+)/emergency-stop) -H "X-Admin-Token: (\S+)" -d '{}'\n""", shown["curl"]
+        r"""curl -X POST (http://[^/]+)(/admin/jobs/([^/]+)/emergency-stop) -H "X-Admin-Token: (\S+)" -d '{}'\n""",
+        shown["curl"],
     )
     url, path, job_id, token = match.groups()
 
@@ -172,7 +206,10 @@ def test_the_demo_from_its_first_line_to_its_last_process(start_demo, folder):
     assert re.fullmatch(rf"""psql 'postgresql://\S+' -c "SELECT emergency_stop_job\('{job_id}'\)"\n""", shown["psql"])
     (private,) = (folder / "tmp").iterdir()
     assert private.stat().st_mode & 0o777 == 0o700, "who gets at the socket is a superuser"
-    assert [(path.name, path.stat().st_mode & 0o7777) for path in sorted(folder.iterdir())] == [("here", 0o700), ("tmp", 0o1777)]
+    assert [(path.name, path.stat().st_mode & 0o7777) for path in sorted(folder.iterdir())] == [
+        ("here", 0o700),
+        ("tmp", 0o1777),
+    ]
     assert list((folder / "here").iterdir()) == []
 
     process.send_signal(signal.SIGINT)
@@ -260,7 +297,9 @@ def test_without_stderr(service_url):
     )  # fmt: skip
     try:
         wait_until(lambda: accepts_connections(port))
-        answer = send(f"http://127.0.0.1:{port}", "POST", "/admin/jobs/nix/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN})
+        answer = send(
+            f"http://127.0.0.1:{port}", "POST", "/admin/jobs/nix/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN}
+        )
         assert answer.status == 404
     finally:
         process.terminate()
@@ -278,7 +317,9 @@ def test_the_version(capsys):
 def test_the_wheel_works_from_any_folder(tmp_path, bare_database, server_url):
     wheel = tmp_path / "wheel"
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheel, ROOT], check=True, capture_output=True
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheel, ROOT],
+        check=True,
+        capture_output=True,
     )
     (file,) = wheel.glob("beacon_stop-*.whl")
     zipfile.ZipFile(file).extractall(tmp_path / "site")

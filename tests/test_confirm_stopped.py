@@ -11,7 +11,10 @@ CONFIRM = "SELECT confirm_stopped(%s)"
 @pytest.fixture
 def worker_url(db, owner_url):
     """A worker's role, which reads and writes executions and may confirm."""
-    db.execute("DO $$ BEGIN CREATE ROLE beacon_worker LOGIN PASSWORD 'worker-in-tests'; EXCEPTION WHEN duplicate_object THEN END $$")
+    db.execute(
+        "DO $$ BEGIN CREATE ROLE beacon_worker LOGIN PASSWORD 'worker-in-tests';"
+        "EXCEPTION WHEN duplicate_object THEN END $$"
+    )
     db.execute("GRANT SELECT, INSERT, UPDATE ON executions TO beacon_worker")
     db.execute("GRANT EXECUTE ON FUNCTION confirm_stopped(bigint[]) TO beacon_worker")
     return make_conninfo(owner_url, user="beacon_worker", password="worker-in-tests")
@@ -53,7 +56,9 @@ def test_what_no_stop_failed_stays_as_it_is(db, make_job, worker):
     before = db.execute("SELECT * FROM executions ORDER BY id").fetchall()
 
     assert confirm(worker, *ids_of(db, job_id), 1_000_000) == 0
-    assert worker.execute("SELECT confirm_stopped('{}'), confirm_stopped(NULL), confirm_stopped('{NULL}')").fetchone() == (0, 0, 0)
+    assert worker.execute(
+        "SELECT confirm_stopped('{}'), confirm_stopped(NULL), confirm_stopped('{NULL}')"
+    ).fetchone() == (0, 0, 0)
     assert db.execute("SELECT * FROM executions ORDER BY id").fetchall() == before
 
 

@@ -9,7 +9,9 @@ from conftest import in_thread, wait_until
 
 DRY_RUN = "SELECT emergency_stop_dry_run(%s)"
 HAS_LOCKS = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND locktype <> 'virtualxid')"
-TABLES = "SELECT (SELECT array_agg(j) FROM jobs j), (SELECT array_agg(e ORDER BY e.id) FROM executions e), (SELECT count(*) FROM emergency_stops)"
+TABLES = """
+    SELECT (SELECT array_agg(j) FROM jobs j), (SELECT array_agg(e ORDER BY e.id) FROM executions e),
+        (SELECT count(*) FROM emergency_stops)"""
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def test_it_answers_what_the_stop_then_answers(make_job, dry_run, stop):
     assert list(rehearsed) == [*stopped, "dry_run", "took_ms"]
     assert rehearsed["dry_run"] is True
     assert 0 < rehearsed["took_ms"] < 20_000
-    assert {key: rehearsed[key] for key in stopped if key != "stopped_at"} == {key: stopped[key] for key in stopped if key != "stopped_at"}
+    assert {key: rehearsed[key] for key in stopped if key != "stopped_at"} == {
+        key: stopped[key] for key in stopped if key != "stopped_at"
+    }
     assert rehearsed["executions_stopped"] == 5
 
 
@@ -100,8 +104,10 @@ def test_beyond_ten_thousand_active_executions_it_is_refused(db, make_job, dry_r
 def test_what_would_make_the_stop_fail_makes_it_fail(db, make_job, dry_run):
     """A constraint trigger that is deferred runs at the commit, which a dry run does not reach."""
     db.execute("""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE check_violation USING MESSAGE = 'never'; END $$;
-        CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON jobs DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()""")
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql
+            AS $$ BEGIN RAISE check_violation USING MESSAGE = 'never'; END $$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON jobs DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION refuse()""")
     job_id = make_job(running=1)
 
     with pytest.raises(psycopg.errors.CheckViolation, match="never"):

@@ -48,7 +48,8 @@ FAULTY = {
         "CREATE FUNCTION another() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
         "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION another()",
         "trigger guard_updated_job on table jobs is missing",
-        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION guard_updated_job()",
+        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs"
+        " FOR EACH ROW EXECUTE FUNCTION guard_updated_job()",
     ),
     "a function that finds the caller's tables": (
         "ALTER FUNCTION commit_durably() RESET search_path",
@@ -71,7 +72,8 @@ FAULTY = {
         "ALTER FUNCTION another(text) RENAME TO job_barrier",
     ),
     "a function with other arguments": (
-        "ALTER FUNCTION release_job(text,text,text,jsonb) RENAME TO another; CREATE FUNCTION release_job(int) RETURNS int RETURN 1",
+        "ALTER FUNCTION release_job(text,text,text,jsonb) RENAME TO another;"
+        "CREATE FUNCTION release_job(int) RETURNS int RETURN 1",
         "function release_job(text,text,text,jsonb) is missing: the one that is there has other arguments",
         "DROP FUNCTION release_job; ALTER FUNCTION another RENAME TO release_job",
     ),
@@ -91,7 +93,8 @@ FAULTY = {
         "ALTER TABLE executions DROP CONSTRAINT executions_status_check",
     ),
     "a state of jobs that is forbidden, by a function": (
-        "CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'unknown state %', $1; END $$;"
+        "CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE 'unknown state %', $1; END $$;"
         "ALTER TABLE jobs ADD CONSTRAINT known CHECK (is_known(status))",
         "constraint known on table jobs forbids the status failed",
         "ALTER TABLE jobs DROP CONSTRAINT known",
@@ -113,7 +116,8 @@ FAULTY = {
     ),
     "no foreign key": (
         "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
-        "warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist",
+        "warning: no foreign key leads from executions.job_id to jobs,"
+        " so executions can be added for jobs that do not exist",
         "ALTER TABLE executions ADD CONSTRAINT executions_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs",
     ),
     "a list of functions that is gone": (
@@ -173,7 +177,10 @@ def test_a_read_only_database_is_named(service, faults):
 def weak_owner(db):
     """The functions belong to a role that is no superuser; it has its rights on the tables, and no others."""
     db.execute("DO $$ BEGIN CREATE ROLE beacon_weak_owner; EXCEPTION WHEN duplicate_object THEN END $$")
-    db.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_weak_owner; GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner")
+    db.execute(
+        "GRANT CREATE, USAGE ON SCHEMA public TO beacon_weak_owner;"
+        "GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner"
+    )
     db.execute("""
         DO $$
         DECLARE f regprocedure;
@@ -184,13 +191,20 @@ def weak_owner(db):
         END
         $$""")
     yield "beacon_weak_owner"
-    db.execute("REASSIGN OWNED BY beacon_weak_owner TO CURRENT_USER; DROP OWNED BY beacon_weak_owner; DROP ROLE beacon_weak_owner")
+    db.execute(
+        "REASSIGN OWNED BY beacon_weak_owner TO CURRENT_USER; DROP OWNED BY beacon_weak_owner;"
+        "DROP ROLE beacon_weak_owner"
+    )
 
 
 def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_owner):
     ends, sees = faults()
-    assert ends.startswith("warning: role beacon_weak_owner, which owns the functions, may not end the sessions of other roles")
-    assert sees.startswith("warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do")
+    assert ends.startswith(
+        "warning: role beacon_weak_owner, which owns the functions, may not end the sessions of other roles"
+    )
+    assert sees.startswith(
+        "warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do"
+    )
 
     db.execute(ends.split(": ")[-1])
     db.execute(sees.split(": ")[-1])
@@ -199,7 +213,9 @@ def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_
 
 def test_a_helper_of_another_owner_is_named(db, faults, weak_owner):
     """As after an upgrade by a superuser of what another role has installed."""
-    db.execute("ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
+    db.execute(
+        "ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner"
+    )
 
     (fault,) = faults()
     assert fault.startswith("role beacon_weak_owner, which owns emergency_stop_job, may not execute function fail_job(")
@@ -207,7 +223,10 @@ def test_a_helper_of_another_owner_is_named(db, faults, weak_owner):
 
 def test_what_a_superuser_installs_over_it_again_is_still_known(db, owner_url, faults, weak_owner):
     db.execute("GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
-    for table in ("emergency_stops", "batch_changes"):  # to which installing leaves nobody but its owner the right to add rows
+    for table in (
+        "emergency_stops",
+        "batch_changes",
+    ):  # to which installing leaves nobody but its owner the right to add rows
         db.execute(f"ALTER TABLE {table} OWNER TO beacon_weak_owner")
     beacon_stop.init_db(owner_url)
     assert faults() == []
@@ -242,7 +261,9 @@ def test_a_state_of_executions_that_no_stop_knows_is_a_warning(db, make_job, fau
     make_job(running=5, queued=5, completed=5)
     db.execute("ANALYZE executions")
 
-    assert faults() == ["warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"]
+    assert faults() == [
+        "warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"
+    ]
 
 
 def test_it_waits_for_nobody_and_holds_up_nobody(db, connect, make_job, service, faults):
@@ -255,7 +276,9 @@ def test_it_waits_for_nobody_and_holds_up_nobody(db, connect, make_job, service,
     holder.rollback()
     service.execute("BEGIN")
     faults()
-    tables = "SELECT count(*) FROM pg_locks WHERE pid = %s AND relation = ANY ('{jobs,executions,emergency_stops}'::regclass[])"
+    tables = """
+        SELECT count(*) FROM pg_locks
+        WHERE pid = %s AND relation = ANY ('{jobs,executions,emergency_stops}'::regclass[])"""
     assert db.execute(tables, (service.info.backend_pid,)).fetchone() == (0,)
     service.execute("COMMIT")
     assert db.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["executions_stopped"] == 1
@@ -296,7 +319,9 @@ def test_installing_again_does_away_with_changed_functions(db, owner_url, faults
 
 
 def test_functions_of_the_application_s_are_its_own(db, owner_url, faults):
-    create = "CREATE OR REPLACE FUNCTION their_own() RETURNS int LANGUAGE sql SET search_path = public, pg_temp AS 'SELECT {}'"
+    create = """
+        CREATE OR REPLACE FUNCTION their_own() RETURNS int LANGUAGE sql SET search_path = public, pg_temp
+        AS 'SELECT {}'"""
     db.execute(create.format(1))
     beacon_stop.init_db(owner_url)
 
@@ -308,8 +333,8 @@ def test_strangers_may_not_ask(db, connect, owner_url):
     db.execute("DROP ROLE IF EXISTS beacon_stranger; CREATE ROLE beacon_stranger LOGIN PASSWORD 'stranger-in-tests'")
     stranger = connect(psycopg.conninfo.make_conninfo(owner_url, user="beacon_stranger", password="stranger-in-tests"))
 
-    for call in ("emergency_stop_faults()", "emergency_stop_status('a')", "emergency_stop_dry_run('a')", "runaway_jobs()",
-                 "release_job('a', 'b', 'c')", "confirm_stopped('{1}')"):  # fmt: skip
+    for call in ("emergency_stop_faults()", "emergency_stop_status('a')", "emergency_stop_dry_run('a')",
+                 "runaway_jobs()", "release_job('a', 'b', 'c')", "confirm_stopped('{1}')"):  # fmt: skip
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for function"):
             stranger.execute(f"SELECT {call}")
     stranger.close()

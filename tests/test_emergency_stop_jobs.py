@@ -1,4 +1,4 @@
-"""sql/33_emergency_stop_jobs.sql, and the calls over HTTP that share a transaction by it."""
+"""sql/32_emergency_stop_jobs.sql, and the calls over HTTP that share a transaction by it."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 from conftest import Client, count_active, in_thread, is_waiting, wait_until
+from psycopg.types.json import Jsonb
 
 import beacon_stop
 
@@ -21,40 +22,52 @@ GROUP_SESSION = "FROM pg_stat_activity WHERE application_name = 'beacon-stop gro
 
 
 def test_each_gets_the_answer_and_the_record_that_it_would_get_alone(db, service, make_job, stop):
+    """One reason for all. Version 1.0: array['incident 7'] was the reason of the first of 70 jobs only."""
     running, ended, leftovers = make_job("a", running=3), make_job("b", status="completed"), make_job("d", status="failed", running=2)
     other = make_job(running=1)
 
-    rows = service.execute(STOP_JOBS, ([leftovers, "c", ended, running], ["late", None, "no use", "loops"])).fetchall()
+    rows = service.execute(STOP_JOBS, ([leftovers, "c", ended, running], "incident 7")).fetchall()
     assert [id for id, _ in rows] == ["d", "c", "b", "a"]
     late, unknown, none, stopped = (summary for _, summary in rows)
-    assert (stopped["message"], stopped["executions_stopped"], stopped["reason"]) == ("Job emergency stopped", 3, "loops")
+    assert (stopped["message"], stopped["executions_stopped"], stopped["reason"]) == ("Job emergency stopped", 3, "incident 7")
     assert none == stop(ended)
     assert unknown == stop("c") == {"error": "job not found", "job_id": "c"}
-    assert (late["action"], late["executions_stopped"], late["reason"]) == ("executions_stopped", 2, "late")
-    assert db.execute("SELECT job_id, executions_stopped, reason FROM emergency_stops ORDER BY id").fetchall() == [
-        ("d", 2, "late"),
-        ("a", 3, "loops"),
-    ]
+    assert (late["action"], late["executions_stopped"], late["reason"]) == ("executions_stopped", 2, "incident 7")
+    records = db.execute("SELECT job_id, executions_stopped, reason FROM emergency_stops ORDER BY job_id").fetchall()
+    assert records == [("a", 3, "incident 7"), ("d", 2, "incident 7")]
     assert [count_active(db, id) for id in (running, leftovers, other)] == [0, 0, 1]
 
 
-def test_no_ids_fewer_reasons_and_the_same_id_twice(service, make_job):
+def test_no_ids_and_the_same_id_twice(service, make_job):
     job_id = make_job(running=1)
 
-    assert service.execute(STOP_JOBS, ([], [])).fetchall() == []
+    assert service.execute(STOP_JOBS, ([], None)).fetchall() == []
     assert service.execute(STOP_JOBS, (None, None)).fetchall() == []
     first, second = service.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id, job_id],)).fetchall()
     assert (first[0]["executions_stopped"], second[0]["action"]) == (1, "none")
 
 
-def test_a_locked_job_is_left_out_and_the_others_are_stopped(db, connect, service, make_job):
+@pytest.mark.parametrize("caller", [{"actor": "anna"}, [{"actor": "anna"}, {"actor": "ben"}]])
+def test_one_caller_for_all_or_one_for_each(db, service, make_job, caller):
+    jobs = [make_job("b", running=1), make_job("a", running=1)]
+
+    service.execute("SELECT * FROM emergency_stop_jobs(%s, caller => %s)", (jobs, Jsonb(caller)))
+    actors = dict(db.execute("SELECT job_id, caller->>'actor' FROM emergency_stops").fetchall())
+    assert actors == {"b": "anna", "a": "ben" if isinstance(caller, list) else "anna"}
+
+
+def test_a_locked_job_is_left_out_and_told_and_the_others_are_stopped(db, connect, service, make_job):
     jobs = [make_job(id, running=2) for id in ("a", "b", "c")]
     worker = connect(autocommit=False)
     worker.execute("UPDATE executions SET output = '{}' WHERE job_id = 'b'")
     service.execute("SET lock_timeout = '5s'")
 
+    started = time.monotonic()
     rows = dict(service.execute(STOP_JOBS, (jobs, None)).fetchall())
-    assert [bool(rows[id]) for id in jobs] == [True, False, True]
+    assert time.monotonic() - started < 2
+    assert [rows[id].get("error") for id in jobs] == [None, "job is locked", None]
+    assert list(rows["b"]) == ["error", "job_id", "blocked_by"]
+    assert [holder["pid"] for holder in rows["b"]["blocked_by"]] == [worker.info.backend_pid]
     assert [count_active(db, id) for id in jobs] == [0, 2, 0]
     assert db.execute("SELECT array_agg(job_id ORDER BY job_id) FROM emergency_stops").fetchone() == (["a", "c"],)
     assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)
@@ -67,19 +80,46 @@ def test_a_locked_job_is_left_out_and_the_others_are_stopped(db, connect, servic
     worker.rollback()
 
 
-def test_it_gives_way_where_its_own_transaction_is_waited_for(db, connect, make_job):
-    make_job("a", running=1), make_job("b", running=1)
-    ours, theirs = connect(autocommit=False), connect(autocommit=False)
-    ours.execute("SET deadlock_timeout = '1ms'")
-    ours.execute("SELECT emergency_stop_job('b')")
-    theirs.execute("SELECT emergency_stop_job('a')")
-    with in_thread(theirs.execute, "SELECT emergency_stop_job('b')"):
-        wait_until(lambda: is_waiting(db, theirs))
-        assert ours.execute(STOP_JOBS, (["a"], None)).fetchone() == ("a", None)
-        ours.commit()
-    theirs.commit()
+def test_patience_is_how_long_each_is_waited_for(db, connect, service, make_job):
+    job_id = make_job(running=1)
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))
 
-    assert db.execute("SELECT array_agg(job_id ORDER BY job_id) FROM emergency_stops").fetchone() == (["a", "b"],)
+    patient = "SELECT summary FROM emergency_stop_jobs(%s, patience => '10 s')"
+    with in_thread(lambda: service.execute(patient, ([job_id],)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.rollback()
+    assert stop.result["executions_stopped"] == 1
+
+
+def test_force_ends_those_whose_transactions_are_older_than_the_lock_timeout_and_no_younger_one(db, connect, service, make_job):
+    old_job, young_job = make_job(running=1), make_job(running=1)
+    old, young = connect(autocommit=False), connect(autocommit=False)
+    service.execute("SET lock_timeout = '400ms'")
+    change = "UPDATE executions SET output = '{}' WHERE job_id = %s"
+    old.execute(change, (old_job,))
+    query = "SELECT bool_and(transaction_seconds > 0.5) FROM emergency_stop_blockers(%s)"
+    wait_until(lambda: db.execute(query, (old_job,)).fetchone()[0])
+    young.execute(change, (young_job,))
+
+    stop = "SELECT summary FROM emergency_stop_jobs(%s, force => true)"
+    (first,), (second,) = service.execute(stop, ([old_job, young_job],)).fetchall()
+    assert (first["executions_stopped"], first["sessions_ended"]) == (1, 1)
+    assert [holder["pid"] for holder in second["blocked_by"]] == [young.info.backend_pid]
+    young.rollback()
+
+
+def test_two_calls_over_the_same_jobs_in_opposite_orders(connect, db, make_job):
+    jobs = [make_job(running=2) for _ in range(50)]
+    first, second = connect(), connect()
+
+    with in_thread(lambda: first.execute(STOP_JOBS, (jobs, None)).fetchall()) as there:
+        back = second.execute(STOP_JOBS, (jobs[::-1], None)).fetchall()
+    stopped = [summary for _, summary in [*there.result, *back] if summary.get("message") == "Job emergency stopped"]
+    locked = [summary for _, summary in [*there.result, *back] if summary.get("error")]
+    assert len(stopped) == 50 and sum(summary["executions_stopped"] for summary in stopped) == 100
+    assert len(locked) <= 1, "in one order for both, the later one meets the first job, and then no other"
+    assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (50, 50)
 
 
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -87,7 +127,7 @@ def test_what_emergency_stop_job_refuses_is_refused_for_all(db, service, make_jo
     jobs = [make_job(running=1), make_job(running=1)]
 
     with pytest.raises(psycopg.errors.InvalidParameterValue):
-        service.execute(STOP_JOBS, (jobs, [None, "x" * 1001]))
+        service.execute(STOP_JOBS, (jobs, "x" * 1001))
     with pytest.raises(psycopg.errors.InvalidTransactionState), service.transaction():
         service.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
         service.execute(STOP_JOBS, (jobs, None))
@@ -108,7 +148,7 @@ def client_of(app):
     """Whose stops can share transactions from now on."""
     client = Client(app)
     client.stop("nix")  # connects
-    wait_until(lambda: app.service().database.can_group)
+    wait_until(lambda: app.database.can_group)
     return client
 
 
@@ -180,10 +220,10 @@ def test_stops_that_come_together_share_transactions(client, db, make_job, slow,
 
     with stops_at_work(client, db, first) as at_work, ThreadPoolExecutor(41) as executor:
         unknown = executor.submit(client.stop, "nix")
-        answers = list(executor.map(client.stop, others, [f'{{"reason": "for {id}"}}'.encode() for id in others]))
+        answers = list(executor.map(client.stop, others, [b'{"reason": "one for all"}'] * 40))
     assert {answer.status for answer in [*answers, *at_work.all]} == {200}
     assert [answer.json["job_id"] for answer in answers] == others
-    assert [answer.json["reason"] for answer in answers] == [f"for {id}" for id in others]
+    assert [answer.json["reason"] for answer in answers] == ["one for all"] * 40
     assert {answer.json["executions_stopped"] for answer in answers} == {2}
     keys = ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at", "reason"]
     assert all(list(answer.json) == keys for answer in answers)
@@ -245,27 +285,6 @@ def test_after_an_error_there_are_no_groups_for_a_while(client, db, make_job, sl
     assert db.execute("SELECT name FROM seen WHERE job_id = %s", (last,)).fetchall() == [(session,)]
 
 
-def test_a_caller_whose_thread_is_interrupted_while_it_waits_leaves_groups_at_work(client, db, make_job, slow, seen, monkeypatch):
-    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 0.0)
-    first, second, mine, last = make_job("slow-1", running=1), make_job("slow-2", running=1), make_job(running=1), make_job(running=1)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with stops_at_work(client, db, first, second) as at_work:
-            signal.setitimer(signal.ITIMER_REAL, 0.05)
-            with pytest.raises(KeyboardInterrupt):
-                client.stop(mine)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert [answer.json["executions_stopped"] for answer in at_work.all] == [1, 1]
-    with stops_at_work(client, db, make_job("slow-3", running=1)):
-        assert client.stop(last).status == 200
-    assert db.execute("SELECT job_id, name FROM seen WHERE job_id IN (%s, %s)", (mine, last)).fetchall() == [(last, "beacon-stop group")]
-
-
 def test_a_group_whose_session_is_ended_is_stopped_nevertheless(client, db, make_job, slow):
     first, second, third = (make_job(f"slow-{number}", running=1) for number in range(3))
 
@@ -288,7 +307,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
             os.kill(pid, signal.SIGSTOP)
             try:
                 stuck = executor.submit(client.stop, hangs)
-                wait_until(lambda: app.service().group.due)  # it leads the group
+                wait_until(lambda: app.group.queue.empty())  # the group has it
                 assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
                 assert not stuck.done()
             finally:
@@ -299,7 +318,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
 def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow):
     app = make_app()
     client = client_of(app)
-    database = app.service().database
+    database = app.database
 
     server, name = connect(server_url), db.info.dbname
     server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
@@ -314,11 +333,10 @@ def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, s
 
 
 def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow):
-    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_jobs(text[], text[]) FROM beacon_service")
+    db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_jobs FROM beacon_service")
     client = Client(make_app())
     others = [make_job(f"job-{number}", running=1) for number in range(6)]
 
-    assert client("GET", "/health/ready").status == 200
     with stops_at_work(client, db, make_job("slow-1", running=1), make_job("slow-2", running=1)):
         answers = stop_all(client, others)
     assert {answer.json["executions_stopped"] for answer in answers} == {1}

@@ -23,7 +23,8 @@ def make_worked_job(db, make_job):
     def make_worked_job(begun, pending=0):
         job_id = make_job(pending=pending)
         rows = db.execute(
-            "INSERT INTO executions (job_id, status, started_at) SELECT %s, 'running', now() FROM generate_series(1, %s) RETURNING id",
+            "INSERT INTO executions (job_id, status, started_at)"
+            " SELECT %s, 'running', now() FROM generate_series(1, %s) RETURNING id",
             (job_id, begun),
         )
         return job_id, [id for (id,) in rows]
@@ -41,7 +42,8 @@ def test_of_a_job_that_goes_on_it_counts_what_is_active(make_job, status_of):
     answer = status_of(job_id)
     assert list(answer) == KEYS
     assert answer == {
-        "job_id": job_id, "status": "processing", "stopped": False, "active": {"pending": 3, "running": 2, "processing": 1},
+        "job_id": job_id, "status": "processing", "stopped": False,
+        "active": {"pending": 3, "running": 2, "processing": 1},
         "blocked_by": [], "confirmation": None, "history": [],
     }  # fmt: skip
     assert list(answer["active"]) == ["pending", "running", "processing"]
@@ -64,20 +66,30 @@ def test_the_history_shows_stops_and_releases_newest_first(db, service, make_job
     caller = '{"actor": "ann", "client": "192.0.2.1", "request_id": "r-1"}'
     service.execute("SELECT emergency_stop_job(%s, 'too many', caller => %s)", (job_id, caller))
     service.execute("SELECT release_job(%s, 'mended', 'pending')", (job_id,))
-    times = db.execute("SELECT to_char(stopped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM emergency_stops ORDER BY id")
+    times = db.execute(
+        "SELECT to_char(stopped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+        " FROM emergency_stops ORDER BY id"
+    )
     (stopped_at,), (released_at,) = times.fetchall()
 
     released, stopped = status_of(job_id)["history"]
     assert stopped == {
-        "action": "stop", "at": stopped_at, "previous_status": "processing", "new_status": "failed", "executions_stopped": 2,
+        "action": "stop", "at": stopped_at, "previous_status": "processing", "new_status": "failed",
+        "executions_stopped": 2,
         "sessions_ended": 0, "reason": "too many", "actor": "ann", "client": "192.0.2.1", "request_id": "r-1",
         "database_user": "beacon_service",
     }  # fmt: skip
     assert list(stopped) == list(released) == [
-        "action", "at", "previous_status", "new_status", "executions_stopped", "sessions_ended", "reason", "actor", "client",
+        "action", "at", "previous_status", "new_status", "executions_stopped", "sessions_ended", "reason", "actor",
+        "client",
         "request_id", "database_user",
     ]  # fmt: skip
-    assert (released["action"], released["at"], released["reason"], released["actor"]) == ("release", released_at, "mended", None)
+    assert (released["action"], released["at"], released["reason"], released["actor"]) == (
+        "release",
+        released_at,
+        "mended",
+        None,
+    )
 
 
 def test_the_history_has_the_twenty_last(make_job, service, status_of):
@@ -88,12 +100,22 @@ def test_the_history_has_the_twenty_last(make_job, service, status_of):
 
     history = status_of(job_id)["history"]
     assert len(history) == 20
-    assert [record["reason"] for record in history] == [f"{action} {number}" for number in range(10, 0, -1) for action in ("release", "stop")]
+    assert [record["reason"] for record in history] == [
+        f"{action} {number}" for number in range(10, 0, -1) for action in ("release", "stop")
+    ]
 
 
 def test_stopped_is_what_has_ended_by_a_stop_and_was_not_released(db, service, make_job, stop, status_of):
-    going_on, failed, stopped, released = make_job(), make_job(status="failed"), make_job(running=1), make_job(running=1)
-    marked_only, failed_and_stopped = make_job(status="failed", metadata={"emergency_stop": True}), make_job(status="failed")
+    going_on, failed, stopped, released = (
+        make_job(),
+        make_job(status="failed"),
+        make_job(running=1),
+        make_job(running=1),
+    )
+    marked_only, failed_and_stopped = (
+        make_job(status="failed", metadata={"emergency_stop": True}),
+        make_job(status="failed"),
+    )
     for job_id in (stopped, released, failed_and_stopped):
         stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'cancelled')", (released,))
@@ -107,7 +129,10 @@ def test_three_who_hold_the_job_are_named_while_no_stop_waits(make_job, connect,
     holders = [connect(autocommit=False, application_name=f"worker {number}") for number in range(3)]
     holders[0].execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
     holders[1].execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
-    holders[2].execute("UPDATE executions SET started_at = now() WHERE id = (SELECT min(id) FROM executions WHERE job_id = %s)", (job_id,))
+    holders[2].execute(
+        "UPDATE executions SET started_at = now() WHERE id = (SELECT min(id) FROM executions WHERE job_id = %s)",
+        (job_id,),
+    )
 
     named = status_of(job_id)["blocked_by"]
     assert {session["pid"]: session["application_name"] for session in named} == {
@@ -122,15 +147,23 @@ def test_three_who_hold_the_job_are_named_while_no_stop_waits(make_job, connect,
 def test_it_changes_nothing_and_its_locks_do_not_outlive_it(db, make_job, connect, service_url):
     job_id = make_job(running=3)
     holder = connect(autocommit=False)
-    holder.execute("UPDATE executions SET started_at = now() WHERE id = (SELECT min(id) FROM executions WHERE job_id = %s)", (job_id,))
+    holder.execute(
+        "UPDATE executions SET started_at = now() WHERE id = (SELECT min(id) FROM executions WHERE job_id = %s)",
+        (job_id,),
+    )
     operator = connect(service_url, autocommit=False)
     before = db.execute("SELECT array_agg(j) FROM jobs j").fetchone()
 
     operator.execute(STATUS, (job_id,))
-    modes = "SELECT DISTINCT mode FROM pg_locks WHERE pid = %s AND locktype IN ('relation', 'tuple', 'advisory') AND mode <> 'RowShareLock'"
+    modes = """
+        SELECT DISTINCT mode FROM pg_locks
+        WHERE pid = %s AND locktype IN ('relation', 'tuple', 'advisory') AND mode <> 'RowShareLock'"""
     assert db.execute(modes, (operator.info.backend_pid,)).fetchall() == [("AccessShareLock",)]
     db.execute("SET lock_timeout = '100ms'")
-    db.execute("UPDATE executions SET started_at = now() WHERE id = (SELECT max(id) FROM executions WHERE job_id = %s)", (job_id,))
+    db.execute(
+        "UPDATE executions SET started_at = now() WHERE id = (SELECT max(id) FROM executions WHERE job_id = %s)",
+        (job_id,),
+    )
     assert db.execute("SELECT array_agg(j) FROM jobs j").fetchone() == before
 
 
@@ -139,13 +172,18 @@ def test_only_what_a_worker_had_begun_is_in_hand(db, make_worked_job, stop, stat
     assert status_of(job_id)["confirmation"] is None
 
     stop(job_id)
-    started_at = db.execute("SELECT to_char(min(started_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM executions").fetchone()[0]
+    started_at = db.execute(
+        "SELECT to_char(min(started_at) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM executions"
+    ).fetchone()[0]
     assert status_of(job_id)["confirmation"] == {
         "in_hand": 3, "confirmed": 0, "outstanding": [{"id": id, "started_at": started_at} for id in begun],
     }  # fmt: skip
     assert confirm(db, begun[1]) == 1
     confirmation = status_of(job_id)["confirmation"]
-    assert (confirmation["confirmed"], [execution["id"] for execution in confirmation["outstanding"]]) == (1, [begun[0], begun[2]])
+    assert (confirmation["confirmed"], [execution["id"] for execution in confirmation["outstanding"]]) == (
+        1,
+        [begun[0], begun[2]],
+    )
     assert confirm(db, *begun) == 2
     assert status_of(job_id)["confirmation"] == {"in_hand": 3, "confirmed": 3, "outstanding": []}
 
@@ -173,7 +211,9 @@ def test_confirmations_of_a_first_stop_do_not_count_for_the_second(db, service, 
     assert [execution["id"] for execution in status_of(job_id)["confirmation"]["outstanding"]] == second
 
 
-def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(db, service, make_worked_job, stop, status_of):
+def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(
+    db, service, make_worked_job, stop, status_of
+):
     job_id, _ = make_worked_job(3)
     stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'processing')", (job_id,))

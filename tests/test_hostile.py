@@ -775,12 +775,15 @@ def test_a_job_that_ends_by_itself_while_the_stop_waits_is_left_alone(connect, d
     assert audit(db, job_id) == []
 
 
+@pytest.mark.parametrize("savepoint", ["SELECT 1", "SAVEPOINT s"])
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-def test_a_job_that_is_just_being_set_back_is_waited_for_and_stopped(connect, db, make_job, service, status):
+def test_a_job_that_is_just_being_set_back_is_waited_for_and_stopped(connect, db, make_job, service, status, savepoint):
     """Version 1.0: "already in terminal state", and then it ran."""
     job_id = make_job(status=status, completed=1)
     worker = connect(autocommit=False)
+    worker.execute(savepoint)
     worker.execute("UPDATE jobs SET status = 'pending' WHERE id = %s", (job_id,))
+    worker.execute(savepoint.replace("SAVEPOINT", "RELEASE"))
 
     with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
         wait_until(lambda: is_waiting(db, service))

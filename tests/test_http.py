@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
-from conftest import GENEROUS, TOKEN, Client, count_active, new_database, slow_down_stops, url_of
+from conftest import GENEROUS, TOKEN, Client, count_active, new_database, slow_down_stops, url_of, wait_until
 
 import beacon_stop
 
@@ -25,7 +27,15 @@ def test_stop(client, make_job, db):
 
     answer = client.stop(job_id)
     assert answer.status == 200
-    assert list(answer.json) == ["ok", "message", "job_id", "previous_status", "new_status", "executions_stopped", "stopped_at"]
+    assert list(answer.json) == [
+        "ok",
+        "message",
+        "job_id",
+        "previous_status",
+        "new_status",
+        "executions_stopped",
+        "stopped_at",
+    ]
     assert (answer.json["executions_stopped"], count_active(db, job_id)) == (3, 0)
 
     answer = client.stop(job_id)
@@ -39,7 +49,10 @@ def test_the_answer_is_postgresqls_own(client, make_job, db):
     job_id = make_job(running=1)
     client.stop(job_id)
 
-    assert client.stop(job_id).body.decode() == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
+    assert (
+        client.stop(job_id).body.decode()
+        == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
+    )
 
 
 def test_an_unknown_job(client):
@@ -93,9 +106,21 @@ def test_ids_that_no_table_can_hold(shared_client, id):
 
 
 TIDIED = {
-    "joined slashes": ("a//b", "/admin/jobs/a/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F%2Fb/emergency-stop"}),
-    "a joined slash at the end": ("a/", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2f/emergency-stop?x=/"}),
-    "resolved dots": ("a/../b", "/admin/jobs/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2F..%2Fb/emergency-stop"}),
+    "joined slashes": (
+        "a//b",
+        "/admin/jobs/a/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2F%2Fb/emergency-stop"},
+    ),
+    "a joined slash at the end": (
+        "a/",
+        "/admin/jobs/a/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2f/emergency-stop?x=/"},
+    ),
+    "resolved dots": (
+        "a/../b",
+        "/admin/jobs/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/a%2F..%2Fb/emergency-stop"},
+    ),
     "slashes left as they are": (
         "ä/b",
         "/admin/jobs/\u00c3\u00a4%2Fb/emergency-stop",
@@ -103,11 +128,27 @@ TIDIED = {
     ),
     "nothing decoded": ("a/b", "/admin/jobs/a%2Fb/emergency-stop", {"REQUEST_URI": "/admin/jobs/a%2Fb/emergency-stop"}),
     "a percent sign": ("a%2Fb", "/admin/jobs/a%2Fb/emergency-stop", {"RAW_URI": "/admin/jobs/a%252Fb/emergency-stop"}),
-    "bytes": ("ä//b", "/admin/jobs/\u00c3\u00a4/b/emergency-stop", {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"}),
-    "below a prefix": ("a//b", "/admin/jobs/a/b/emergency-stop", {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"}),
-    "an absolute target": ("//", "/admin/jobs/emergency-stop", {"REQUEST_URI": "HTTP://x:1/admin/jobs/%2F%2F/emergency-stop"}),
+    "bytes": (
+        "ä//b",
+        "/admin/jobs/\u00c3\u00a4/b/emergency-stop",
+        {"REQUEST_URI": "/admin/jobs/\u00c3\u00a4%2F/b/emergency-stop"},
+    ),
+    "below a prefix": (
+        "a//b",
+        "/admin/jobs/a/b/emergency-stop",
+        {"SCRIPT_NAME": "/x", "RAW_URI": "/x/admin/jobs/a//b/emergency-stop"},
+    ),
+    "an absolute target": (
+        "//",
+        "/admin/jobs/emergency-stop",
+        {"REQUEST_URI": "HTTP://x:1/admin/jobs/%2F%2F/emergency-stop"},
+    ),
     "rewritten": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/brake?job=a"}),
-    "rewritten below a prefix": ("a", "/admin/jobs/a/emergency-stop", {"SCRIPT_NAME": "/x", "REQUEST_URI": "/admin/jobs/b/emergency-stop"}),
+    "rewritten below a prefix": (
+        "a",
+        "/admin/jobs/a/emergency-stop",
+        {"SCRIPT_NAME": "/x", "REQUEST_URI": "/admin/jobs/b/emergency-stop"},
+    ),
     "a prefix taken away": ("a", "/admin/jobs/a/emergency-stop", {"REQUEST_URI": "/x/admin/jobs/a/emergency-stop"}),
 }
 
@@ -146,7 +187,9 @@ def test_the_record_says_who_called(client, make_job, db):
     assert db.execute("SELECT caller, stopped_by FROM emergency_stops").fetchone() == (caller, "admin")
 
 
-@pytest.mark.parametrize("body", [b"", b"{}", b' { } ', b'{"reason": null, "force": null, "actor": null}', b'{"force": false}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b" { } ", b'{"reason": null, "force": null, "actor": null}', b'{"force": false}']
+)
 def test_bodies_that_ask_for_nothing_special(client, make_job, body):
     answer = client.stop(make_job(running=1), body)
 
@@ -219,7 +262,9 @@ def test_without_the_token_nothing_is_told(client, make_job, db, token):
     headers = {} if token is None else {"HTTP_X_ADMIN_TOKEN": token}
 
     answers = [
-        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers) for id in (job_id, "nix", "x" * 300) for body in (b"{}", b"[")
+        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers)
+        for id in (job_id, "nix", "x" * 300)
+        for body in (b"{}", b"[")
     ]
     assert {(answer.status, answer.body) for answer in answers} == {(403, b'{"error": "forbidden"}\n')}
     assert count_active(db, job_id) == 1
@@ -345,7 +390,11 @@ def test_without_a_database(make_app, monkeypatch):
 
     assert client("GET", "/health/live").status == 200
     for answer in (client("GET", "/health/ready"), client("GET", "/api/v1/jobs/a"), client.stop("a")):
-        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
+            503,
+            {"error": "database unavailable"},
+            "2",
+        )
 
 
 # --- All answers ---
@@ -405,7 +454,8 @@ def test_head_of_the_listing(client, make_job):
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"), [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)]
+    ("given", "taken"),
+    [("a", True), ("x" * 128, True), ("!~", True), ("x" * 129, False), ("a b", False), ("ä", False), ("", False)],
 )
 def test_the_callers_request_id(shared_client, given, taken):
     answer = shared_client("GET", "/health/live", HTTP_X_REQUEST_ID=given)
@@ -516,7 +566,11 @@ def test_the_client_behind_trusted_proxies(make_app):
     def status(forwarded, address="10.9.9.9"):
         return client("GET", "/api/v1/jobs/x", REMOTE_ADDR=address, HTTP_X_FORWARDED_FOR=forwarded).status
 
-    assert [status("1.1.1.1, 2.2.2.2"), status("9.9.9.9,1.1.1.1 , 3.3.3.3"), status("1.1.1.2, 2.2.2.2")] == [404, 429, 404]
+    assert [status("1.1.1.1, 2.2.2.2"), status("9.9.9.9,1.1.1.1 , 3.3.3.3"), status("1.1.1.2, 2.2.2.2")] == [
+        404,
+        429,
+        404,
+    ]
     assert [status("[2001:db8::1]:443, x"), status("2001:db8::2, x"), status("1.1.1.1:80, x")] == [404, 429, 429]
     assert [status("only-one"), status("nonsense, x"), status("", "10.9.9.8")] == [404, 429, 404], "then it is the peer"
 
@@ -625,7 +679,9 @@ def test_a_bad_configuration_answers_503_and_is_logged(capsys):
 
 
 def test_create_app_checks_explicit_settings_at_once():
-    with pytest.raises(beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"):
+    with pytest.raises(
+        beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"
+    ):
         beacon_stop.create_app({}, admin_token="short", database_url="postgresql:///x")
     with pytest.raises(beacon_stop.ConfigurationError, match="unknown setting rate: expected one of admin_token"):
         beacon_stop.create_app({}, rate=1)
@@ -654,7 +710,9 @@ def test_readers_never_use_the_admins_connections(client, make_job, db):
         client("GET", "/api/v1/executions", query="job_id=x")
         client("GET", "/health/ready")
 
-    last = db.execute("SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'").fetchall()
+    last = db.execute(
+        "SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'"
+    ).fetchall()
     admin = [query for name, query in last if name == "beacon-stop admin"]
     assert len(admin) == 4
     assert {query.split("(")[0] for query in admin} <= {"SELECT set_config", "SELECT emergency_stop_job"}
@@ -671,7 +729,9 @@ def test_a_database_that_defaults_to_serializable(db, make_app, make_job):
 
 def test_a_database_that_is_read_only(db, make_app, make_job):
     """As the primary is that has become a standby."""
-    db.execute("DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$")
+    db.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$"
+    )
 
     answer = Client(make_app()).stop(make_job(running=1))
     assert (answer.status, answer.json) == (503, {"error": "database is read-only"})
@@ -718,3 +778,316 @@ def test_a_lock_timeout_beyond_the_statement_timeout_does_not_hide_who_holds_the
     assert [blocker["pid"] for blocker in answer.json["blocked_by"]] == [holder.info.backend_pid]
     assert count_active(db, job_id) == 1
     assert client.stop(job_id, b'{"force": true}').json["sessions_ended"] == 1
+
+
+# --- A locked job ---
+
+
+def hold(connect, job_id, **options):
+    holder = connect(autocommit=False, **options)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    return holder
+
+
+def test_a_locked_job_names_its_holders_after_one_lock_timeout(connect, make_app, make_job, db):
+    """1.0 answered after two, and named one of them."""
+    client = Client(make_app(lock_timeout="500ms"))
+    job_id = make_job(running=1)
+    holder = hold(connect, job_id, application_name="holder")
+    started = time.monotonic()
+
+    answer = client.stop(job_id)
+    assert 0.4 < time.monotonic() - started < 0.95
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
+    assert list(answer.json) == ["error", "job_id", "blocked_by", "hint"]
+    assert (answer.json["error"], answer.json["job_id"]) == ("job is locked", job_id)
+    (blocker,) = answer.json["blocked_by"]
+    assert list(blocker) == ["pid", "application_name", "database_user", "state", "transaction_seconds", "query"]
+    assert (blocker["pid"], blocker["application_name"]) == (holder.info.backend_pid, "holder")
+    assert '{"force": true}' in answer.json["hint"]
+    assert count_active(db, job_id) == 1
+
+
+def test_force_ends_the_holders_and_stops(connect, make_app, make_job, db):
+    client = Client(make_app(lock_timeout="300ms"))
+    job_id = make_job(running=1)
+    hold(connect, job_id)
+
+    answer = client.stop(job_id, b'{"force": true}')
+    assert (answer.status, answer.json["sessions_ended"], answer.json["executions_stopped"]) == (200, 1, 1)
+
+
+def test_a_lock_that_a_trigger_does_not_get_is_not_a_locked_job(client, make_job, db):
+    job_id = make_job(running=1)
+    db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE lock_not_available USING MESSAGE = 'the depot is locked', DETAIL = 'by nobody'; END $$;"
+        "CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+
+    answer = client.stop(job_id)
+    assert (answer.status, answer.json["error"], answer.json["sqlstate"]) == (500, "internal error", "55P03")
+    assert answer.json["message"].endswith("the depot is locked")
+
+
+def test_callers_for_one_locked_job_leave_the_connections_to_others(connect, make_app, make_job, db):
+    client = Client(make_app(lock_timeout="1s", admin_pool=2))
+    locked, free = make_job(running=1), make_job(running=1)
+    holder = hold(connect, locked)
+    with ThreadPoolExecutor(12) as callers:
+        calls = [callers.submit(client.stop, locked) for _ in range(12)]
+        wait_until(lambda: is_waiting_at_all(db))
+        assert client.stop(free).json["executions_stopped"] == 1
+        assert not any(call.done() for call in calls)
+        answers = [call.result() for call in calls]
+
+    assert {answer.status for answer in answers} == {503}
+    assert {answer.json["blocked_by"][0]["pid"] for answer in answers} == {holder.info.backend_pid}
+
+
+def is_waiting_at_all(db):
+    return db.execute("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)").fetchone()[0]
+
+
+def test_callers_for_one_job_that_is_let_go_are_all_told_the_truth(connect, make_app, make_job, db):
+    client = Client(make_app(lock_timeout="5s"))
+    job_id = make_job(running=2)
+    holder = hold(connect, job_id)
+    with ThreadPoolExecutor(8) as callers:
+        calls = [callers.submit(client.stop, job_id) for _ in range(8)]
+        wait_until(lambda: is_waiting_at_all(db))
+        holder.rollback()
+        messages = sorted(call.result().json["message"] for call in calls)
+
+    assert messages == ["Job already in terminal state"] * 7 + ["Job emergency stopped"]
+
+
+def test_a_caller_with_force_does_not_wait_for_one_without(connect, make_app, make_job, db):
+    client = Client(make_app(lock_timeout="1s"))
+    job_id = make_job(running=1)
+    hold(connect, job_id)
+    with ThreadPoolExecutor(1) as callers:
+        call = callers.submit(client.stop, job_id)
+        wait_until(lambda: is_waiting_at_all(db))
+        assert client.stop(job_id, b'{"force": true}').status == 200
+
+    assert call.result().status in (200, 503)
+
+
+def test_stops_that_come_together_share_transactions(make_app, make_job, db, monkeypatch):
+    sizes, ask = [], beacon_stop.GroupedStops.ask
+    monkeypatch.setattr(
+        beacon_stop.GroupedStops, "ask", lambda self, group: (sizes.append(len(group)), ask(self, group))[1]
+    )
+    app = make_app()
+    client = Client(app)
+    jobs = [make_job(running=2) for _ in range(100)]
+    client.stop("warm up")
+    wait_until(lambda: app.database.can_group)
+    with ThreadPoolExecutor(20) as callers:
+        answers = list(callers.map(client.stop, jobs))
+
+    assert {answer.json["message"] for answer in answers} == {"Job emergency stopped"}
+    assert [answer.json["job_id"] for answer in answers] == jobs
+    callers_told_apart = "SELECT count(*), count(DISTINCT caller->>'request_id') FROM emergency_stops"
+    assert db.execute(callers_told_apart).fetchone() == (100, 100)
+    assert max(sizes) > 1
+
+
+def test_a_group_that_fails_leaves_each_stop_to_go_by_itself(make_app, make_job, db, capsys):
+    app = make_app()
+    client = Client(app)
+    good, bad = [make_job(running=1) for _ in range(30)], make_job("bad", running=1)
+    client.stop("warm up")
+    wait_until(lambda: app.database.can_group)
+    db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;"
+        "CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id = 'bad') EXECUTE FUNCTION refuse()"
+    )
+    with ThreadPoolExecutor(16) as callers:
+        answers = list(callers.map(client.stop, [bad, *good, bad, bad]))
+
+    assert [answer.json.get("message") for answer in answers] == [
+        "not this one", *["Job emergency stopped"] * 30, "not this one", "not this one",
+    ]  # fmt: skip
+
+
+# --- The other questions ---
+
+
+def test_a_dry_run_changes_nothing(client, make_job, db, capsys):
+    job_id = make_job(running=3)
+
+    answer = client.stop(job_id, b'{"dry_run": true}')
+    assert (answer.status, answer.json["dry_run"], answer.json["executions_stopped"]) == (200, True, 3)
+    assert count_active(db, job_id) == 3
+    assert client.stop("nix", b'{"dry_run": true}').status == 404
+    assert [line["outcome"] for line in log_lines(capsys)] == ["dry_run", "not_found"]
+
+
+def test_a_dry_run_of_a_job_too_large_for_it(client, make_job):
+    answer = client.stop(make_job(running=10_001), b'{"dry_run": true}')
+
+    assert (answer.status, "more than 10000 active executions" in answer.json["error"]) == (400, True)
+
+
+def test_the_status(client, make_job):
+    job_id = make_job(running=2)
+
+    def status():
+        return client("GET", f"/admin/jobs/{job_id}/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN)
+
+    assert (status().status, status().json["stopped"], status().json["active"]["running"]) == (200, False, 2)
+    client.stop(job_id, b'{"actor": "ann"}')
+    assert (status().json["stopped"], status().json["history"][0]["actor"]) == (True, "ann")
+    assert client("GET", "/admin/jobs/nix/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN).status == 404
+    answer = client("HEAD", f"/admin/jobs/{job_id}/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert (answer.status, answer.body) == (200, b"")
+
+
+def test_a_release(client, make_job, db, capsys):
+    job_id = make_job(running=1)
+
+    def release(id=job_id, **body):
+        return client("POST", f"/admin/jobs/{id}/release", json.dumps(body).encode(), HTTP_X_ADMIN_TOKEN=TOKEN)
+
+    assert (release(reason="x", status="pending").status, release(reason="x", status="pending").json) == (
+        409, {"error": "job is not stopped", "job_id": job_id, "status": "processing"}
+    )  # fmt: skip
+    client.stop(job_id)
+    assert release("nix", reason="x", status="pending").status == 404
+    for body, error in {
+        "{}": "reason is missing",
+        '{"reason": "x"}': "status is missing",
+        '{"status": "pending"}': "reason is missing",
+        '{"reason": "x", "status": "failed"}': "status is missing, too long, or failed",
+        '{"reason": "x", "status": 1}': "status cannot be used",
+        '{"reason": "x", "status": "pending", "force": true}': "body has an unknown key 'force': expected reason, status, actor",
+    }.items():
+        answer = release(**json.loads(body))
+        assert (answer.status, answer.json["error"][: len(error)]) == (400, error)
+    answer = release(reason="mended", status="pending", actor="ann")
+    assert (answer.status, answer.json["new_status"], answer.json["reason"]) == (200, "pending", "mended")
+    assert db.execute("SELECT status FROM jobs").fetchone() == ("pending",)
+    last = db.execute("SELECT action, caller->>'actor' FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone()
+    assert last == ("release", "ann")
+    assert log_lines(capsys, "release")[-1]["outcome"] == "completed"
+
+
+def test_the_runaways(client, make_job):
+    job_id = make_job(running=5)
+
+    def runaways(query=""):
+        return client("GET", "/admin/runaways", query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
+
+    assert (runaways().status, runaways().json["jobs"][0]["job_id"]) == (200, job_id)
+    assert runaways("minutes=60&max_jobs=1").json["minutes"] == 60
+    assert [runaways(query).status for query in ("minutes=0", "minutes=x", "minutes=2000", "max_jobs=101")] == [400] * 4
+
+
+def stop_several(client, **body):
+    return client("POST", "/admin/emergency-stop", json.dumps(body).encode(), HTTP_X_ADMIN_TOKEN=TOKEN)
+
+
+def test_several_jobs(connect, make_app, make_job, db, capsys):
+    client = Client(make_app(lock_timeout="500ms", admin_rate="2/hour"))
+    jobs, ended = [make_job(running=2) for _ in range(5)], make_job(status="completed")
+    locked = make_job(running=1)
+    holder = hold(connect, locked)
+    ids = ["nix", *jobs, locked, ended]
+    started = time.monotonic()
+
+    answer = stop_several(client, job_ids=ids, reason="costs", actor="ann")
+    assert time.monotonic() - started < 0.95
+    assert answer.status == 200
+    assert list(answer.json) == ["results", "stopped", "already_terminal", "not_found", "locked"]
+    assert [result["job_id"] for result in answer.json["results"]] == ids
+    assert [answer.json[kind] for kind in ("stopped", "already_terminal", "not_found", "locked")] == [5, 1, 1, 1]
+    (blocked,) = [result for result in answer.json["results"] if result.get("error") == "job is locked"]
+    assert (blocked["job_id"], blocked["blocked_by"][0]["pid"]) == (locked, holder.info.backend_pid)
+    assert db.execute("SELECT array_agg(DISTINCT reason), count(*) FROM emergency_stops").fetchone() == (["costs"], 5)
+
+    answer = stop_several(client, job_ids=[locked], force=True)
+    assert (answer.json["stopped"], answer.json["results"][0]["sessions_ended"]) == (1, 1)
+    assert stop_several(client, job_ids=[locked]).status == 429, "each call takes one from the limit"
+    (first, second, _) = log_lines(capsys, "emergency_stop_several")
+    assert (first["stopped"], first["executions_stopped"], first["actor"], second["job_ids"]) == (
+        5,
+        10,
+        "ann",
+        [locked],
+    )
+
+
+def test_a_job_that_is_let_go_in_time_is_stopped_with_the_others(connect, make_app, make_job, db):
+    client = Client(make_app(lock_timeout="5s"))
+    locked = [make_job(running=1) for _ in range(3)]
+    holders = [hold(connect, job_id) for job_id in locked]
+    with ThreadPoolExecutor(1) as callers:
+        call = callers.submit(stop_several, client, job_ids=locked)
+        wait_until(lambda: is_waiting_at_all(db))
+        for holder in holders:
+            holder.rollback()
+
+        assert call.result().json["stopped"] == 3
+
+
+def test_ids_of_several_jobs_that_cannot_be_used(shared_client):
+    for ids in (
+        None,
+        [],
+        "a",
+        {"a": 1},
+        ["a", "a"],
+        [1],
+        [""],
+        ["x" * 256],
+        ["a\0"],
+        [str(n) for n in range(101)],
+        [["a"]],
+    ):
+        answer = stop_several(shared_client, job_ids=ids)
+        assert (answer.status, "cannot be used" in answer.json["error"]) == (400, True)
+    assert stop_several(shared_client, job_ids=["ä" * 250 + str(n) for n in range(100)]).json["not_found"] == 100
+    assert (
+        shared_client("POST", "/admin/emergency-stop", b" " * 256 * 1024 + b"{}", HTTP_X_ADMIN_TOKEN=TOKEN).status
+        == 413
+    )
+
+
+# --- Connections ---
+
+
+def test_a_working_connection_is_not_given_up_for_its_age(make_app, make_job, db):
+    """With the role's connections filled by others, 1.0 had none from then on."""
+    app = make_app(admin_pool=1)
+    client = Client(app)
+    client.stop("warm up")
+    (connection,) = app.database.admin._pool
+
+    assert connection._expire_at == float("inf")
+
+
+def test_warnings_of_the_database_are_logged(client, make_job, db, capsys):
+    job_id = make_job(running=1)
+    db.execute(
+        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'mind the gap'; RETURN NEW; END $$;"
+        "CREATE TRIGGER warn BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION warn()"
+    )
+    assert client.stop(job_id).status == 200
+
+    assert log_lines(capsys, "database_warning")[0]["message"] == "mind the gap"
+
+
+def test_faults_and_warnings_are_told_by_readiness(client, db):
+    def ready(*sentences):
+        db.execute("DROP FUNCTION emergency_stop_faults()")
+        values = ", ".join(f"('{sentence}')" for sentence in sentences)
+        db.execute(f"CREATE FUNCTION emergency_stop_faults() RETURNS SETOF text LANGUAGE sql AS $$ VALUES {values} $$")
+        answer = client("GET", "/health/ready")
+        return answer.status, answer.json
+
+    assert ready("warning: no foreign key") == (200, {"ok": True, "warnings": ["no foreign key"]})
+    assert ready("warning: no foreign key", "trigger x is disabled") == (
+        503, {"error": "the emergency stop would not work: see faults", "faults": ["trigger x is disabled"]}
+    )  # fmt: skip

@@ -1,12 +1,13 @@
 """sql/install.sql and sql/uninstall.sql: by psql or the module, again, at once, beside writers, over version 1.0."""
 
+import json
 import os
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -492,15 +493,27 @@ def test_uninstalling_what_is_not_installed_says_how(bare, bare_url):
     assert everything(bare) == before
 
 
-def test_psql_alone_installs_stops_and_says_what_was_stopped(bare_url):
+def test_psql_alone_installs_stops_is_told_who_is_in_the_way_ends_them_and_releases(bare, bare_url):
+    """With version 1.0, who was in the way took a second session, and to end them a third."""
     install(bare_url)
-    query = "SELECT emergency_stop_job('a')->>'executions_stopped'"
+    bare.execute("INSERT INTO jobs (id) VALUES ('a'); INSERT INTO executions (job_id) VALUES ('a'), ('a')")
+    options = ("-At", "-v", "ON_ERROR_STOP=1", "-v", "VERBOSITY=verbose")
+    patience = {"PGOPTIONS": "-c lock_timeout=300ms"}
+    with closing(psycopg.connect(bare_url, application_name="a worker that hangs")) as worker:
+        worker.execute("UPDATE jobs SET updated_at = now() WHERE id = 'a'")
 
-    run_psql(
-        bare_url,
-        "-c",
-        "INSERT INTO jobs (id) VALUES ('a')",
-        "-c",
-        "INSERT INTO executions (job_id) VALUES ('a'), ('a')",
-    )
-    assert run_psql(bare_url, "-At", "-c", query).stdout == "2\n"
+        locked = run_psql(bare_url, *options, "-c", "SELECT emergency_stop_job('a')", **patience)
+        assert locked.returncode == 1
+        assert messages(locked.stderr, "ERROR") == ["55P03: job 'a' is locked"]
+        assert "a worker that hangs" in messages(locked.stderr, "DETAIL")[0]
+        assert "force => true" in messages(locked.stderr, "HINT")[0]
+
+        forced = run_psql(bare_url, *options, "-c", "SELECT emergency_stop_job('a', force => true)", **patience)
+        assert forced.returncode == 0, forced.stderr
+        answer = json.loads(forced.stdout)
+        assert (answer["message"], answer["executions_stopped"]) == ("Job emergency stopped", 2)
+        assert answer["sessions_ended"]
+    released = run_psql(bare_url, *options, "-c", "SELECT release_job('a', 'mended', 'pending')")
+    assert json.loads(released.stdout)["message"] == "Job released"
+    unknown = run_psql(bare_url, *options, "-c", "SELECT emergency_stop_job('nix')")
+    assert (unknown.returncode, json.loads(unknown.stdout)) == (0, {"error": "job not found", "job_id": "nix"})

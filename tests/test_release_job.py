@@ -24,7 +24,8 @@ def test_the_job_goes_on_and_its_executions_stay_failed(db, make_job, stop, rele
 
     answer = release(job_id)
     status, metadata, updated_at, utc = db.execute(
-        "SELECT status, metadata, updated_at > now() - interval '10 s', to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+        "SELECT status, metadata, updated_at > now() - interval '10 s',"
+        " to_char(updated_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
         " FROM jobs"
     ).fetchone()
     assert list(answer) == ["ok", "message", "job_id", "previous_status", "new_status", "released_at", "reason"]
@@ -46,11 +47,15 @@ def test_it_is_on_record(db, service, make_job, stop):
     stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'paused', '{\"actor\": \"ann\"}')", (job_id,))
 
-    columns = "action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, database_user"
+    columns = (
+        "action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, database_user"
+    )
     assert db.execute(f"SELECT {columns} FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (
         "release", job_id, "failed", "paused", 0, 0, "mended", {"actor": "ann"}, "beacon_service",
     )  # fmt: skip
-    assert db.execute("SELECT stopped_at = (SELECT updated_at FROM jobs) FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (True,)
+    assert db.execute(
+        "SELECT stopped_at = (SELECT updated_at FROM jobs) FROM emergency_stops ORDER BY id DESC LIMIT 1"
+    ).fetchone() == (True,)
 
 
 def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
@@ -86,7 +91,16 @@ def test_a_job_that_only_has_the_mark_is_released(db, make_job, release):
 
 @pytest.mark.parametrize(
     ("reason", "status"),
-    [(None, "pending"), ("", "pending"), ("  ", "pending"), ("x" * 1001, "pending"), ("r", None), ("r", ""), ("r", "x" * 256), ("r", "failed")],
+    [
+        (None, "pending"),
+        ("", "pending"),
+        ("  ", "pending"),
+        ("x" * 1001, "pending"),
+        ("r", None),
+        ("r", ""),
+        ("r", "x" * 256),
+        ("r", "failed"),
+    ],
 )
 def test_without_a_reason_or_a_state_to_go_on_in_it_is_refused(db, make_job, stop, release, reason, status):
     job_id = make_job(running=1)
@@ -124,7 +138,9 @@ def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_
         service.execute(RELEASE, (job_id, "mended", "pending"))
 
 
-@pytest.mark.parametrize("hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"])
+@pytest.mark.parametrize(
+    "hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"]
+)
 def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, stop, connect, service, release, hold):
     job_id = make_job(running=1)
     stop(job_id)
@@ -224,7 +240,12 @@ def test_a_flood_of_sharers_does_not_starve_it(db, make_job, stop, connect, rele
             session.execute("SELECT pg_sleep(0.002)")
             session.rollback()
 
-    with in_thread(share, sessions[0]), in_thread(share, sessions[1]), in_thread(share, sessions[2]), in_thread(share, sessions[3]):
+    with (
+        in_thread(share, sessions[0]),
+        in_thread(share, sessions[1]),
+        in_thread(share, sessions[2]),
+        in_thread(share, sessions[3]),
+    ):
         try:
             answer = release(job_id)
         finally:

@@ -2,16 +2,22 @@
 
 import contextlib
 import json
+import logging
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN, Answer, count_active, wait_until
+from conftest import ROOT, TOKEN, Answer, Client, count_active, send, wait_until
+from processes import accepts_connections, free_port
 
 import beacon_stop
 
@@ -141,7 +147,10 @@ def test_what_can_be_read_is_answered(shared_server, name):
 
 
 def test_a_header_with_an_underscore_is_not_the_token(server):
-    (answer,) = exchange(server.url, b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\nHost: x\r\nX_Admin_Token: " + TOKEN.encode() + b"\r\n\r\n")
+    (answer,) = exchange(
+        server.url,
+        b"POST /admin/jobs/x/emergency-stop HTTP/1.1\r\nHost: x\r\nX_Admin_Token: " + TOKEN.encode() + b"\r\n\r\n",
+    )
 
     assert answer.status == 403
 
@@ -159,7 +168,12 @@ def test_requests_on_one_connection_one_after_the_other_and_all_at_once(server):
         for _ in range(3):
             sock.sendall(LIVE + b"\r\n")
             assert read_answer(file).status == 200
-        sock.sendall((LIVE + b"\r\n") * 5 + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE + b"Connection: close\r\n\r\n")
+        sock.sendall(
+            (LIVE + b"\r\n") * 5
+            + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+            + LIVE
+            + b"Connection: close\r\n\r\n"
+        )
         for _ in range(5):
             assert read_answer(file).status == 200
         while file.readline().strip():  # of HEAD: headers only
@@ -210,7 +224,10 @@ def test_an_answer_that_fails_before_its_first_byte_is_a_500(serve_app):
         yield b""
 
     (answer,) = exchange(serve_app(application).url, LIVE + b"\r\n")
-    assert (answer.status, answer.json) == (500, {"error": "internal error", "request_id": answer.headers["X-Request-ID"]})
+    assert (answer.status, answer.json) == (
+        500,
+        {"error": "internal error", "request_id": answer.headers["X-Request-ID"]},
+    )
 
 
 def test_a_large_body_is_refused_without_reading_it(server):
@@ -295,7 +312,10 @@ def test_readers_of_large_lists_do_not_hold_up_a_stop(make_job, start_service, d
 
 def resident(pid: int, peak: bool = False) -> int:
     """Bytes of memory that a process has, or has had at most."""
-    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+    return (
+        int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1])
+        * 1024
+    )
 
 
 def test_listing_400_000_executions_takes_little_memory(make_job, start_service, db):
@@ -402,7 +422,11 @@ def test_the_database_restarts_under_the_service(own_postgres, start_service):
     own_postgres.stop()
     for _ in range(2):
         answer = service.stop("nix")
-        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, {"error": "database unavailable"}, "2")
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
+            503,
+            {"error": "database unavailable"},
+            "2",
+        )
         assert service("GET", "/health/ready").status == 503
     assert service("GET", "/health/live").status == 200
     own_postgres.start()
@@ -421,3 +445,151 @@ def test_the_service_starts_before_its_database(own_postgres, start_service):
     assert service("GET", "/health/ready").status == 503
     own_postgres.start()
     wait_until(lambda: service("GET", "/health/ready").status == 200, 10)
+
+
+# --- Hostile clients and logs ---
+
+
+def test_64_clients_that_pipeline_and_never_read_do_not_hold_up_a_stop(make_job, start_service):
+    """A stop of 1.0 got no answer for 81 s."""
+    service = start_service()
+    job_id = make_job(running=3)
+    clients = [connect_to(service.url) for _ in range(64)]
+    try:
+        for sock in clients:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n" * 2_300)
+        started = time.monotonic()
+        assert service.stop(job_id).json["executions_stopped"] == 3
+        assert time.monotonic() - started < 2
+    finally:
+        for sock in clients:
+            sock.close()
+
+
+def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service_url):
+    """1.0 froze after 241 refused calls, and SIGTERM did nothing."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "beacon_stop", "serve", "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url},
+    )  # fmt: skip
+    try:
+        wait_until(lambda: accepts_connections(port))
+        with connect_to(url) as sock, sock.makefile("rb") as file:
+            for _ in range(3_000):
+                sock.sendall(b"POST /admin/jobs/" + b"x" * 200 + b"/emergency-stop HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert read_answer(file).status in (403, 429)
+        answer = send(
+            url, "POST", f"/admin/jobs/{make_job(running=3)}/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN}
+        )
+        assert answer.json["executions_stopped"] == 3
+    finally:
+        process.terminate()
+    assert process.wait(20) == 0
+    lines = process.stderr.read().decode().splitlines()
+    process.stderr.close()
+    assert all(json.loads(line)["event"] in ("serving", "emergency_stop") for line in lines[:-1])
+
+
+def test_what_was_dropped_from_the_log_is_counted(monkeypatch):
+    handler, lines, go = beacon_stop.LogHandler(), [], threading.Event()
+    monkeypatch.setattr(beacon_stop, "LOG_HANDLER", handler)
+    monkeypatch.setattr(beacon_stop.LogWriter, "handle", lambda self, record: (go.wait(10), lines.append(record)))
+    for number in range(beacon_stop.LOG_LINES + 100):
+        handler.handle(logging.makeLogRecord({"msg": "x", "fields": {"number": number}}))
+    dropped = handler.dropped
+    go.set()
+    handler.flush()
+
+    assert 0 < dropped <= 100
+    assert len(lines) == beacon_stop.LOG_LINES + 100 - dropped
+
+
+def test_a_refused_request_of_15_kb_is_a_short_line(start_service):
+    """A line of 90 kB in 1.0."""
+    service = start_service()
+    service("POST", f"/admin/jobs/{'%01' * 5_000}/emergency-stop", b"{}")
+
+    line = wait_until(lambda: [line for line in service.log if line["event"] == "emergency_stop"])[0]
+    assert len(line["job_id"]) == 255
+
+
+def test_hops_that_are_no_address_take_no_memory(make_app):
+    """3,000 of 14 kB were kept by 1.0: 41 MB."""
+    client = Client(make_app(trusted_proxies="1"))
+    client("GET", "/api/v1/jobs/x")
+    tracemalloc.start()
+    for number in range(1_000):
+        assert client("GET", "/api/v1/jobs/x", HTTP_X_FORWARDED_FOR=f"{number:x}".ljust(14_000, "x")).status == 404
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+
+    assert kept < 2_000_000
+
+
+def test_all_addresses_of_both_families(shared_app):
+    """`--host ::` of 1.0 refused IPv4."""
+    server = beacon_stop.Server(shared_app, "::", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        for address in ("127.0.0.1", "[::1]"):
+            assert send(f"http://{address}:{server.port}", "GET", "/health/live").json == {"ok": True}
+    finally:
+        server.stop()
+        thread.join(20)
+
+
+def test_sigterm_while_300_requests_are_sent(start_service):
+    """1.0 cut some off without an answer."""
+    service = start_service()
+    cut_off, answered, refused = [], [], []
+
+    def call(_: int) -> None:
+        try:
+            sock = connect_to(service.url)
+        except OSError as error:
+            return refused.append(error)
+        with sock:
+            try:
+                sock.sendall(LIVE + b"Connection: close\r\n\r\n")
+                (answered if sock.recv(100).startswith(b"HTTP/1.1 200") else cut_off).append(1)
+            except OSError as error:
+                cut_off.append(error)
+
+    with ThreadPoolExecutor(40) as executor:
+        calls = executor.map(call, range(300))
+        wait_until(lambda: len(answered) > 20)
+        service.process.send_signal(signal.SIGTERM)
+        list(calls)
+    assert service.process.wait(10) == 0
+    assert (cut_off, len(answered) + len(refused)) == ([], 300)
+
+
+def test_a_client_that_does_not_take_its_answer_is_given_up(serve_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "ANSWER_TIMEOUT", 0.3)
+
+    def application(environ, start_response):
+        start_response("200 OK", [("Content-Length", "50000000")])
+        return [b"x" * 50_000_000]
+
+    server = serve_app(application)
+    with connect_to(server.url) as sock:
+        sock.sendall(LIVE + b"\r\n")
+        wait_until(lambda: server.connections == 1)
+        wait_until(lambda: server.connections == 0, 5)
+
+
+def test_too_many_connections_end_those_whose_time_is_up_next(serve_app, shared_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "MAX_CONNECTIONS", 10)
+    server = serve_app(shared_app)
+    slow = [connect_to(server.url) for _ in range(30)]
+    try:
+        wait_until(lambda: server.connections <= 10)
+        assert send(server.url, "GET", "/health/live").status == 200
+    finally:
+        for sock in slow:
+            sock.close()

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, Client, Service, count_active, in_thread, slow_down_stops, wait_until
+from conftest import SERVICE_PASSWORD, Client, Service, count_active, slow_down_stops, wait_until
 from processes import Running, accepts_connections, free_port, running, unprivileged
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -26,7 +26,9 @@ class Pooler:
         self.server_url = server_url
         self.folder = folder
         self.config = folder / "pgbouncer.ini"
-        (folder / "users").write_text(f'"{parts["user"]}" "{parts.get("password", "")}"\n"beacon_service" "{SERVICE_PASSWORD}"\n')
+        (folder / "users").write_text(
+            f'"{parts["user"]}" "{parts.get("password", "")}"\n"beacon_service" "{SERVICE_PASSWORD}"\n'
+        )
         self.config.write_text(
             f"[databases]\n* = host={parts['host']} port={parts.get('port', 5432)}\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
@@ -35,7 +37,9 @@ class Pooler:
         )
         self.options = unprivileged()
         if self.options:
-            if (socket := Path(parts["host"], f".s.PGSQL.{parts.get('port', 5432)}")).exists():  # only its owner gets there
+            if (
+                socket := Path(parts["host"], f".s.PGSQL.{parts.get('port', 5432)}")
+            ).exists():  # only its owner gets there
                 self.options |= {"user": socket.owner(), "group": socket.group()}
             for path in (folder, *folder.iterdir()):
                 shutil.chown(path, self.options["user"], self.options["group"])
@@ -47,7 +51,9 @@ class Pooler:
     @contextmanager
     def running(self) -> Iterator[Running]:
         command = ["/usr/sbin/pgbouncer", self.config]
-        with running(command, self.folder / "pgbouncer.log", lambda: accepts_connections(self.port), **self.options) as server:
+        with running(
+            command, self.folder / "pgbouncer.log", lambda: accepts_connections(self.port), **self.options
+        ) as server:
             yield server
 
 
@@ -70,7 +76,9 @@ def start_pooled(start_service, pooled_url) -> Callable[..., Service]:
 def outcomes(service: Service) -> set[str]:
     """What the log says became of the calls; anything else in it is shown whole."""
     return {
-        line["outcome"] if line["event"] == "emergency_stop" else json.dumps(line) for line in service.log if line["event"] != "serving"
+        line["outcome"] if line["event"] == "emergency_stop" else json.dumps(line)
+        for line in service.log
+        if line["event"] != "serving"
     }
 
 
@@ -98,7 +106,9 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
     query = "SELECT application_name FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
     assert ("beacon-stop admin",) in db.execute(query).fetchall()
     with each_server_connection(pooled_url) as clients:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
+        query = (
+            "SELECT count(*) FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
+        )
         assert db.execute(query).fetchone()[0] == 3
         for client in clients:
             assert {name: client.execute(f"SHOW {name}").fetchone()[0] for name in DEFAULTS} == DEFAULTS
@@ -108,7 +118,7 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
 def test_stops_share_no_transaction(make_app, pooled_url):
     app = make_app(database_url=pooled_url)
     assert Client(app).stop("nix").status == 404
-    database = app.service().database
+    database = app.database
     wait_until(lambda: "group" in database.pooled)
     assert not database.can_group
 
@@ -152,7 +162,9 @@ def test_four_locked_jobs_at_once(make_job, hold, pooler, start_pooled, pooled_u
     with psycopg.connect(pooled_url, prepare_threshold=None) as in_the_services_pool:
         in_the_services_pool.execute("SELECT 1")
         with ThreadPoolExecutor(4) as executor:
-            answers = list(executor.map(service.stop, jobs, [b'{"force": true}' if n in forced else b"{}" for n in range(4)]))
+            answers = list(
+                executor.map(service.stop, jobs, [b'{"force": true}' if n in forced else b"{}" for n in range(4)])
+            )
 
         for n, (answer, holder) in enumerate(zip(answers, holders, strict=True)):
             if n in forced:
@@ -164,7 +176,9 @@ def test_four_locked_jobs_at_once(make_job, hold, pooler, start_pooled, pooled_u
         in_the_services_pool.execute("SELECT 1")
 
 
-def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(db, make_job, hold, start_pooled, pooled_url, owner_url):
+def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(
+    db, make_job, hold, start_pooled, pooled_url, owner_url
+):
     service = start_pooled(BEACON_LOCK_TIMEOUT="300ms", BEACON_ADMIN_POOL="8")
     jobs = [make_job(running=3) for _ in range(8)]
     holders = [hold(owner_url, job) for job in jobs]
@@ -173,46 +187,9 @@ def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(db,
         with ThreadPoolExecutor(16) as executor:
             answers = list(executor.map(service.stop, jobs * 2))
 
-    assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [[holder.pid] for holder in holders] * 2
-
-
-@pytest.fixture
-def attempts(db) -> Callable[[], int]:
-    """How many transactions of the service have been seen to wait for a lock."""
-    seen = set()
-
-    def attempts() -> int:
-        query = "SELECT pid, xact_start FROM pg_stat_activity WHERE usename = 'beacon_service' AND wait_event_type = 'Lock'"
-        seen.update(db.execute(query))
-        return len(seen)
-
-    return attempts
-
-
-def test_a_look_that_found_no_session_is_taken_again(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="1s")
-    job = make_job(running=3)
-    holder = hold(owner_url, job)
-    with each_server_connection(pooled_url) as clients, in_thread(service.stop, job) as outcome:
-        clients[0].rollback()  # one session for the stop, none for the look
-        wait_until(lambda: attempts() >= 3)
-        clients[1].rollback()
-
-    assert (outcome.result.status, [one["pid"] for one in outcome.result.json["blocked_by"]]) == (503, [holder.pid])
-
-
-def test_calls_for_other_locked_jobs_keep_no_force_from_its_look(make_job, hold, attempts, start_pooled, pooled_url, owner_url):
-    service = start_pooled(BEACON_LOCK_TIMEOUT="2s")
-    jobs = [make_job(running=3) for _ in range(4)]
-    for job in jobs:
-        hold(owner_url, job)
-    with psycopg.connect(pooled_url, prepare_threshold=None) as bystander, ThreadPoolExecutor(4) as executor:
-        bystander.execute("SELECT 1")
-        stops = [executor.submit(service.stop, jobs[0], b'{"force": true}')]
-        wait_until(lambda: attempts() >= 2)
-        stops += [executor.submit(service.stop, job, b'{"force": true}') for job in jobs[1:]]
-
-        assert [stop.result().json.get("sessions_ended") for stop in stops] == [1] * 4
+    assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [
+        [holder.pid] for holder in holders
+    ] * 2
 
 
 @pytest.mark.parametrize("standard", ["on", "off"])
@@ -232,7 +209,10 @@ def test_any_characters_pass(db, make_job, start_pooled, standard):
         answer = service.stop(make_job(id, running=1), json.dumps({"reason": id}).encode())
         assert (answer.status, answer.json.get("job_id"), answer.json.get("reason")) == (200, id, id)
         assert service("GET", f"/api/v1/jobs/{quote(id, safe='')}").json["job"]["metadata"]["reason"] == id
-        assert len(service("GET", f"/api/v1/executions?job_id={quote(id)}&status={quote('failed')}").json["executions"]) == 1
+        assert (
+            len(service("GET", f"/api/v1/executions?job_id={quote(id)}&status={quote('failed')}").json["executions"])
+            == 1
+        )
 
 
 def test_timeouts_are_honoured(db, make_job, start_pooled):

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_plpgsql_check_finds_nothing(shards):
         SELECT count(DISTINCT p.oid), array_agg(DISTINCT r ORDER BY r) FILTER (WHERE r IS NOT NULL)
         FROM pg_proc p
         LEFT JOIN LATERAL plpgsql_check_function(p.oid, all_warnings => true) r ON true
-        WHERE p.pronamespace = 'public'::regnamespace AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
+        WHERE p.pronamespace = 'public'::regnamespace
+          AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'plpgsql')
           AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.deptype = 'e')""").fetchone()
     assert functions > 10
     assert findings is None
@@ -248,6 +250,7 @@ def test_each_function_about_one_job_runs_on_its_shard(shards):
             shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"]
             == "pending"
         )
+        assert shards.call("emergency_stop_status(%s)", job_id)["history"][0]["actor"] == "bob"
         assert shards.call("release_job(%s, 'all clear', 'pending')", job_id)["error"] == "job is not stopped"
     for function in ("emergency_stop_job", "emergency_stop_dry_run", "emergency_stop_status", "get_job"):
         assert shards.call(f"{function}('nix')") == {"error": "job not found", "job_id": "nix"}
@@ -268,8 +271,10 @@ def test_a_locked_job_is_said_to_be_with_all_who_hold_it_and_force_ends_those(sh
             session.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
         other.execute("SELECT FROM executions WHERE job_id = %s FOR UPDATE", (job_id,))
 
+        began = time.monotonic()
         with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked") as locked:
             shards.call("emergency_stop_job(%s)", job_id)
+        assert 0.3 <= time.monotonic() - began < 2  # by the lock_timeout of the session on the front
         blocked_by = json.loads(locked.value.diag.message_detail)
         assert {blocker["pid"]: blocker["application_name"] for blocker in blocked_by} == {
             holder.info.backend_pid: "holder", other.info.backend_pid: "other",
@@ -321,6 +326,23 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
     assert shards.service.execute("SELECT * FROM emergency_stop_jobs('{}')").fetchall() == []
 
 
+def test_several_jobs_with_patience_and_force(shards):
+    held, other = shards.make_job("held", running=2), shards.make_job("other", running=1)
+    shards.service.execute("SET lock_timeout = '300ms'")
+    stop = "SELECT summary FROM emergency_stop_jobs(%s, patience => '400 ms', force => %s)"
+    with shards.connect_to_shard_of(held) as holder:
+        holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (held,))
+
+        began = time.monotonic()
+        answers = [summary for (summary,) in shards.service.execute(stop, ([held, other], False))]
+        assert 0.4 <= time.monotonic() - began < 2
+        assert [summary.get("error") for summary in answers] == ["job is locked", None]
+        ((answer,),) = shards.service.execute(stop, ([held], True)).fetchall()
+        assert (answer["executions_stopped"], answer["sessions_ended"]) == (2, 1)
+        with pytest.raises(psycopg.OperationalError):
+            holder.execute("SELECT")
+
+
 def test_runaways_of_all_shards_most_started_first(shards):
     jobs = [shards.make_job(f"job-{number}", running=number + 1) for number in range(8)]
 
@@ -332,6 +354,19 @@ def test_runaways_of_all_shards_most_started_first(shards):
     answer = shards.call("runaway_jobs(10, 3)")
     assert [job["job_id"] for job in answer["jobs"]] == jobs[:-4:-1]
     assert (answer["minutes"], answer["truncated"]) == (10, True)
+    # Each shard has shown all that it has, but together these are too many.
+    on_each = [sum(shards.partition_of(job_id) % 2 == number for job_id in jobs) for number in range(2)]
+    assert max(on_each) < 8
+    answer = shards.call("runaway_jobs(10, %s)", max(on_each))
+    assert (len(answer["jobs"]), answer["truncated"]) == (max(on_each), True)
+
+
+def test_runaways_of_which_one_shard_has_not_shown_all(shards):
+    jobs = [id for id in (f"job-{number}" for number in range(16)) if shards.partition_of(id) % 2 == 0]
+    for job_id in jobs[:4]:
+        shards.make_job(job_id, running=1)
+
+    assert [shards.call("runaway_jobs(5, %s)", number)["truncated"] for number in (3, 4)] == [True, False]
 
 
 def test_faults_name_their_shard(shards):
@@ -676,8 +711,11 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     """Stops of its jobs are refused meanwhile; none is lost, and none is answered by the old shard afterwards."""
     jobs = [shards.make_job(f"job-{number}", running=3, completed=1) for number in range(16)]
     moved = [job_id for job_id in jobs if shards.partition_of(job_id) == 3]
-    stopped, running = moved[0], moved[1]
+    stopped, running, by_record = moved[0], moved[1], moved[2]
     service.stop(stopped)
+    shards.of(by_record).execute("UPDATE executions SET status = 'failed' WHERE job_id = %s", (by_record,))
+    shards.of(by_record).execute("UPDATE jobs SET status = 'failed' WHERE id = %s", (by_record,))
+    service.stop(by_record, b'{"reason": "it must not run again"}')
     url = make_conninfo(shards.url, dbname="shard2")
     beacon_stop.init_db(url)
     create_service_role(conninfo=url, autocommit=True)
@@ -700,7 +738,7 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (
         len(moved),
     )
-    new.execute("DELETE FROM executions; DELETE FROM jobs")
+    new.execute("DELETE FROM executions; DELETE FROM jobs; DELETE FROM emergency_stops; DELETE FROM batch_changes")
 
     with psycopg.connect(
         make_conninfo(shards.url, dbname="shard1")
@@ -725,4 +763,9 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
         new.execute("UPDATE jobs SET status = 'processing' WHERE id = %s", (stopped,))
     assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (0,)
     assert batch(service, "timeout-stuck-jobs")["ok"]
+    # What was recorded has come along: a stop of a job that had failed by itself left no mark.
+    assert batch(service, "repair-stuck-jobs")["republished_count"] == 0
+    assert [record["reason"] for record in shards.call("emergency_stop_status(%s)", by_record)["history"]] == [
+        "it must not run again"
+    ]
     new.close()
