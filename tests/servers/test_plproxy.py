@@ -192,6 +192,18 @@ def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
         )
 
 
+def test_installers_of_the_router_take_turns(shards, cluster):
+    with (
+        psycopg.connect(make_conninfo(cluster.url, dbname="front")) as first,
+        psycopg.connect(make_conninfo(cluster.url, dbname="front"), autocommit=True) as second,
+    ):
+        first.execute("SELECT pg_advisory_xact_lock(hashtext('beacon-stop install'))")
+        with in_thread(second.execute, (ROOT / "sql/plproxy/router.sql").read_bytes()):
+            waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid = %s"
+            wait_until(lambda: shards.front.execute(waits, (second.info.backend_pid,)).fetchone() == (1,))
+            first.rollback()
+
+
 @pytest.mark.parametrize(
     ("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")]
 )
@@ -593,6 +605,8 @@ def test_who_holds_a_job_on_its_shard_is_named_and_ended_and_nobody_else(shards,
 def test_batches_run_on_all_shards_and_their_answers_are_merged(shards, service):
     jobs = [shards.make_job(f"job-{number}", running=2) for number in range(12)]
     shards.make_job("active", status="failed", running=1)
+    exhausted = shards.make_job("exhausted", status="failed")
+    shards.of(exhausted).execute("UPDATE jobs SET metadata = '{\"republish_count\": 3}' WHERE id = %s", (exhausted,))
     for job_id in jobs:
         age(shards.of(job_id), 20, job_id)
 
@@ -620,7 +634,7 @@ def test_batches_run_on_all_shards_and_their_answers_are_merged(shards, service)
     rest = batch(service, "repair-stuck-jobs")
     assert list(rest) == ["ok", "message", "republished_count", "republished_jobs", "skipped", "more"]
     assert (rest["message"], rest["republished_count"], rest["more"]) == ("Failed jobs republished", 10, False)
-    assert rest["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 0, "active": 1}
+    assert rest["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 1, "active": 1}
     assert sorted(job["job_id"] for job in few["republished_jobs"] + rest["republished_jobs"]) == sorted(jobs[1:])
 
 
