@@ -289,6 +289,7 @@ DECLARE
     v_marked     boolean;
     v_xmax       xid;      -- of whoever changes the job's row, or has locked it
     v_ended      boolean;  -- for good: with nothing active, there is nothing to do
+    v_failed     record;
 BEGIN
     PERFORM limit_lock_wait(wait);
     SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), COALESCE(j.metadata @> '{"emergency_stop": true}', false), j.xmax
@@ -336,8 +337,9 @@ BEGIN
         END IF;
     END IF;
     IF outcome <> 'none' THEN
-        SELECT f.executions_stopped, f.left_alone INTO attempt_stop.executions_stopped, attempt_stop.left_alone
-        FROM fail_job(v_key, attempt_stop.reason, at) f;
+        v_failed := fail_job(v_key, attempt_stop.reason, at);
+        executions_stopped := v_failed.executions_stopped;
+        left_alone := v_failed.left_alone;
     END IF;
     IF outcome <> 'none' OR attempt_stop.status = 'failed' AND last_record(v_key) IS DISTINCT FROM 'stop' THEN
         INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
