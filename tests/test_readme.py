@@ -62,9 +62,148 @@ def job(make_job: Callable[..., str], db: psycopg.Connection) -> str:
     db.execute(
         "INSERT INTO executions (job_id, status, started_at)"
         " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END"
-        " FROM unnest('{pending,pending,running,processing}'::text[]) AS status, generate_series(1, 10)",
+        " FROM unnest('{pending,pending,running,processing}'::text[]) AS status, generate_series(1, 10)", (job_id,)
+    )  # fmt: skip
+    db.execute(
+        "INSERT INTO executions (job_id, status, started_at) SELECT %s, 'running', now() FROM generate_series(1, 2)",
         (job_id,),
     )
+    return job_id
+
+
+def lines_of(done: subprocess.CompletedProcess[str]) -> list[Any]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# --- The front page ---
+
+
+def test_the_front_page_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+
+    assert len(lines) <= 160
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_no_line_is_too_wide(name):
+    assert [line for line in (ROOT / name).read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_link_leads_somewhere(name):
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(\s*([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.exists(), target
+            if anchor:
+                assert anchor in headings(str(file.resolve().relative_to(ROOT.resolve()))), target
+
+
+def test_the_first_command_answers_what_is_shown(shell, job):
+    (shown,) = blocks_of((ROOT / "README.md").read_text(), "json")[:1]
+    (answer,) = lines_of(shell(readme_block("bash", "curl -X POST $HOST"), job))
+
+    assert {**answer, "stopped_at": ""} == {**json.loads(shown), "stopped_at": ""}
+    assert list(answer) == list(json.loads(shown))
+
+
+def test_the_seven_questions_over_http(shell, job):
+    answers = lines_of(shell(readme_block("bash", "Which job is it? These"), job))
+    ready, runaways, dry_run, stopped, several, blocked, forced, status, released = answers
+
+    assert ready["ok"] is True
+    assert [(found["job_id"], found["active"]) for found in runaways["jobs"]] == [(job, 42)]
+    assert dry_run["dry_run"] is True and dry_run["executions_stopped"] == 42 and dry_run["took_ms"] > 0
+    assert stopped["message"] == "Job emergency stopped" and stopped["reason"] == "it costs too much"
+    assert (several["already_terminal"], several["not_found"]) == (1, 1)
+    assert blocked["stopped"] is True and blocked["blocked_by"] == []
+    assert forced["action"] == "none"
+    assert status["confirmation"]["in_hand"] == 22
+    assert [(each["action"], each["actor"]) for each in status["history"]] == [("stop", "ann")]
+    assert released["message"] == "Job released" and released["new_status"] == "pending"
+
+
+@pytest.mark.parametrize("id", ["bias-detection-1759185378516", "it's \"odd\" \\ $HOME :'id' é"])
+def test_the_seven_questions_in_psql(shell, make_job, id):
+    make_job(id, running=3)
+
+    done = shell(readme_block("bash", "runaway_jobs(minutes => 5)"), id)
+
+    assert done.returncode == 0, done.stderr
+    runaways, dry_run, stopped, *several, forced, confirmation, history, released = done.stdout.splitlines()
+    assert json.loads(runaways)["jobs"][0]["job_id"] == id
+    assert json.loads(dry_run)["executions_stopped"] == 3
+    assert json.loads(stopped)["message"] == "Job emergency stopped"
+    assert [json.loads(line.removeprefix(f"{name}|")) for line, name in zip(several, (id, "another"), strict=True)] == [
+        {"ok": True, "message": "Job already in terminal state", "job_id": id, "status": "failed", "action": "none"},
+        {"error": "job not found", "job_id": "another"},
+    ]
+    assert json.loads(forced)["action"] == "none"
+    assert json.loads(confirmation) == {"in_hand": 0, "confirmed": 0, "outstanding": []}
+    assert [each["action"] for each in json.loads(history)] == ["stop"]
+    assert json.loads(released)["new_status"] == "pending"
+
+
+def sql_function() -> str:
+    return readme_block("bash", "runaway_jobs(minutes => 5)").splitlines()[0]
+
+
+def test_an_unknown_id_is_an_answer_in_psql_and_a_locked_job_an_error(shell, connect, make_job):
+    stop = sql_function() + "\nsql \"SELECT emergency_stop_job(:'id')\""
+    assert lines_of(shell(stop, "unknown")) == [{"error": "job not found", "job_id": "unknown"}]
+
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (make_job("held"),))
+    done = shell(stop, "held", PGOPTIONS="-c lock_timeout=100ms")
+    assert done.returncode == 3
+    assert "is locked" in done.stderr and f'"pid" : {holder.info.backend_pid}' in done.stderr.replace(
+        '"pid":', '"pid" :'
+    )
+
+
+# --- sql/README.md ---
+
+
+def test_an_incident_at_three_in_the_morning(shell, connect, job):
+    blocks = blocks_of(section("sql/README.md", "At 3 a.m.").split("### ")[0], "bash")
+    ready, which, rehearse, stop, force, look, release = blocks
+
+    assert lines_of(shell(ready)) == [{"ok": True}]
+    which, chosen = which.split("export ID=")
+    assert lines_of(shell(which))[0]["jobs"][0]["job_id"] == job
+    assert chosen.startswith("runaway-")
+    assert lines_of(shell(rehearse, job))[0]["dry_run"] is True
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job,))
+    (locked,) = lines_of(shell(stop, job))
+    assert locked["error"] == "job is locked"
+    assert [each["pid"] for each in locked["blocked_by"]] == [holder.info.backend_pid]
+    (forced,) = lines_of(shell(force, job))
+    assert forced["message"] == "Job emergency stopped" and forced["sessions_ended"] == 1
+    (status,) = lines_of(shell(look, job))
+    assert status["history"][0]["actor"] == "ann" and status["confirmation"]["in_hand"] == 22
+    assert lines_of(shell(release, job))[0]["message"] == "Job released"
+
+
+def test_an_incident_while_the_service_is_away(shell, job):
+    (block,) = blocks_of(section("sql/README.md", "At 3 a.m.").split("### The service is away")[1], "bash")
+    runaways, stopped, forced, status, released = lines_of(shell(block, job))
+
+    assert runaways["jobs"][0]["job_id"] == job
+    assert stopped["executions_stopped"] == 42
+    assert forced["action"] == "none"
+    assert status["history"][0]["actor"] == "ann"
+    assert released["message"] == "Job released"
+
+
+def test_the_queries_of_the_record(db, job, service, stop):
+    service.execute(
+        "SELECT emergency_stop_job(%s, 'a', caller => %s)", (job, json.dumps({"actor": "ann", "request_id": "r"}))
+    )
+    service.execute("SELECT release_job(%s, 'b', 'processing')", (job,))
     db.execute("INSERT INTO executions (job_id, status, started_at) VALUES (%s, 'running', now())", (job,))
     stop(job)
     grant, *queries = blocks_of(section("sql/README.md", "Queries of the record"), "sql")
