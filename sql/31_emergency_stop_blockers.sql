@@ -111,6 +111,7 @@ DECLARE
     v_barrier CONSTANT bigint := job_barrier(v_key);
     v_owner   CONSTANT oid := quote_ident(current_user)::regrole::oid;
 BEGIN
+    PERFORM pg_stat_clear_snapshot();  -- or a transaction that looks again is told what sessions did when it looked first
     RETURN QUERY
     WITH locks AS MATERIALIZED (
         SELECT l.*, a.state
@@ -121,7 +122,12 @@ BEGIN
     ), barrier AS (
         SELECT l.pid, l.virtualtransaction,
                -- A stop at work has the barrier alone. One that is done, or a batch, shares it with itself besides.
-               NOT bool_or(l.mode = 'ShareLock') AND l.pid IS NOT NULL AND bool_and(l.state NOT LIKE 'idle%') IS NOT FALSE AS stop_at_work
+               -- Of one that has just ended, the lock was seen before the state was.
+               NOT bool_or(l.mode = 'ShareLock') AND l.pid IS NOT NULL
+               AND (bool_and(l.state NOT LIKE 'idle%') IS NOT FALSE OR NOT EXISTS (
+                       SELECT FROM pg_locks n
+                       WHERE n.locktype = 'advisory' AND n.granted AND n.objsubid = 1 AND n.pid = l.pid
+                         AND n.classid = (v_barrier >> 32 & 4294967295)::oid AND n.objid = (v_barrier & 4294967295)::oid)) AS stop_at_work
         FROM locks l
         WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
           AND l.classid = (v_barrier >> 32 & 4294967295)::oid AND l.objid = (v_barrier & 4294967295)::oid
@@ -201,6 +207,7 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_began     CONSTANT timestamptz := clock_timestamp() - patience;
+    v_messages  CONSTANT text := current_setting('client_min_messages');
     v_pids      int[];
     v_holders   json;
     v_not_ended json;
@@ -219,8 +226,10 @@ BEGIN
     FROM holders h;
 
     IF force AND cardinality(v_pids) > 0 AND v_not_ended IS NULL THEN
+        PERFORM set_config('client_min_messages', 'error', true);  -- that one has ended meanwhile is nothing to warn of
         PERFORM pg_terminate_backend(p.pid) FROM unnest(v_pids) AS p (pid);
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_pids) AS p (pid);  -- waits for its end
+        PERFORM set_config('client_min_messages', v_messages, true);
         RETURN cardinality(v_pids);
     END IF;
     IF json_array_length(v_holders) = 0 AND problem IS NULL THEN

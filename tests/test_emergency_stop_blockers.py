@@ -249,9 +249,13 @@ def test_force_ends_those_who_hold_it_in_whatever_way_and_no_others(service, db,
     ]
     waiter = connect()
 
+    notices: list[str | None] = []
+    service.add_notice_handler(lambda notice: notices.append(notice.message_primary))
+
     with in_thread(waiter.execute, "UPDATE executions SET output = '{}' WHERE id = 2"):
         wait_until(lambda: is_waiting(db, waiter))
         answer = service.execute("SELECT emergency_stop_job(%s, 'now', true)", (job_id,)).fetchone()[0]
+    assert notices == []
     assert list(answer)[-2:] == ["reason", "sessions_ended"]
     assert (answer["executions_stopped"], answer["sessions_ended"]) == (3, 4)
     assert [is_alive(session) for session in holders] == [False] * 4
