@@ -277,7 +277,9 @@ class Request:
         self.client = ""
         self.is_admin = False  # whether the token was the right one
         self.has_values = False  # whether PostgreSQL checks values of the caller's
-        self.noted: dict[str, Any] = dict.fromkeys(("job_id", "outcome", "executions_stopped", "reason", "actor"))
+        self.noted: dict[str, Any] = dict.fromkeys(
+            ("actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
+        )
 
     def read_client(self, trusted_proxies: int) -> str:
         """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
@@ -453,7 +455,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
         if isinstance(error, errors.InvalidParameterValue) and request.has_values:
             return bad(error.diag.message_primary or "a value cannot be used")
         if isinstance(error, errors.LockNotAvailable) and (held := read_holders(error)):
-            return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint(held, request.event))
+            return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint(held, request.event, request.has_values))
         if request.is_admin:
             told = {"message": error.diag.message_primary or str(error), "sqlstate": error.sqlstate}
         if isinstance(error, errors.LockNotAvailable) and request.event != "emergency_stop":
@@ -482,8 +484,8 @@ def read_holders(error: psycopg.Error) -> dict[str, Any] | None:
     return held if isinstance(held.get("blocked_by"), list) else None
 
 
-def hint(held: Mapping[str, Any], event: str) -> str:
-    if event != "emergency_stop":
+def hint(held: Mapping[str, Any], event: str, dry_run: bool) -> str:
+    if event != "emergency_stop" or dry_run:
         return "Nothing was changed. Try again when the sessions in blocked_by have ended their transactions."
     if held.get("not_ended"):
         return "No session was ended, because the database role may not end those in not_ended: see sql/README.md."
@@ -882,7 +884,9 @@ class Application:
 
     def answer(self, request: Request) -> Response:
         """Find the route, check the token, take from the rate limit, and let the route's method answer."""
-        name, limit, arguments = find_route(request.method, request.read_path())
+        path = request.read_path()
+        request.event = "refused" if path.startswith("/admin/") else ""  # until its route is found
+        name, limit, arguments = find_route(request.method, path)
         self.open()
         request.client = request.read_client(self.settings.trusted_proxies)
         if limit == "admin":
@@ -917,6 +921,7 @@ class Application:
         summary = json.loads(answer)
         request.noted["outcome"] = "dry_run" if summary.get("dry_run") else outcome_of(summary)
         request.noted["executions_stopped"] = summary.get("executions_stopped", 0)
+        request.noted["sessions_ended"] = summary.get("sessions_ended", 0)
         return answer_of(answer)
 
     def stop(self, job_id: str, request: Request, force: bool) -> str:
@@ -968,9 +973,11 @@ class Application:
         summaries = [json.loads(answers[job_id]) for job_id in ids]
         kinds = [outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries]
         counts = {kind: kinds.count(kind) for kind in ("stopped", "already_terminal", "not_found", "locked")}
-        stopped = sum(summary.get("executions_stopped", 0) for summary in summaries)
+        if "failed" in kinds:  # the database refuses it: a trigger or a constraint of the application's
+            counts["failed"] = kinds.count("failed")
+        sums = {key: sum(summary.get(key, 0) for summary in summaries) for key in ("executions_stopped", "sessions_ended")}
         text = f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
-        return self.tell(request, text, job_ids=ids, executions_stopped=stopped, **counts)
+        return self.tell(request, text, job_ids=ids, **sums, **counts)
 
     def stop_all(self, ids: list[str], request: Request, force: bool) -> dict[str, str]:
         """emergency_stop_jobs' answers by job: for those that are locked asked again, with waits that double.
@@ -983,7 +990,15 @@ class Application:
             left = deadline - time.monotonic()
             ends, wait_for_each = force and left <= 0, max(0.001, min(wait, left / len(rest)))
             parameters = (rest, request.noted["reason"], request.caller(), ends, wait_for_each)
-            answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
+            try:
+                answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
+            except psycopg.Error as error:
+                refused = explain(error, request)
+                if refused.status != 500:
+                    raise
+                if len(rest) > 1:  # one that the database refuses must not undo the others: each by itself
+                    return answers | {job_id: self.stop_all([job_id], request, force)[job_id] for job_id in rest}
+                answers[rest[0]] = json.dumps({"error": refused.error, "job_id": rest[0], **refused.details})
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
             if not rest or ends or (time.monotonic() >= deadline and not force):
                 return answers
@@ -992,7 +1007,7 @@ class Application:
     def runaways(self, request: Request) -> Response:
         """GET /admin/runaways?minutes=5&max_jobs=20: runaway_jobs' answer as it is."""
         request.has_values = True
-        numbers = request.read_number("minutes", 5, 60 * YEAR), request.read_number("max_jobs", 20, 1_000)
+        numbers = request.read_number("minutes", 5, 1_440), request.read_number("max_jobs", 20, 100)
         return self.tell(request, self.ask(RUNAWAY_JOBS, *numbers))
 
     def timeout_stuck_jobs(self, request: Request) -> Response:
@@ -1080,7 +1095,7 @@ def find_route(method: str, path: str) -> tuple[str, str, tuple[str, ...]]:
 def outcome_of(summary: Mapping[str, Any]) -> str:
     """What became of a stop, in one word for the log."""
     if "error" in summary:
-        return {"job not found": "not_found", "job is locked": "locked"}[summary["error"]]
+        return {"job not found": "not_found", "job is locked": "locked"}.get(summary["error"], "failed")
     return {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
 
 

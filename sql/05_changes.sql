@@ -160,17 +160,19 @@ RETURNS TABLE (does text, statement text) LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
     SELECT format('trigger %s on %s: %s', w.trigger_name, w.table_name,
-                  CASE WHEN t.oid IS NULL THEN 'made' ELSE 'switched on again' END),
-           CASE WHEN t.oid IS NOT NULL THEN format('ALTER TABLE %I ENABLE TRIGGER %I', w.table_name, w.trigger_name) END
-    FROM (VALUES
-        ('executions',      'guard_inserted_executions'),
-        ('executions',      'guard_updated_execution'),
-        ('jobs',            'guard_updated_job'),
-        ('emergency_stops', 'append_only'),
-        ('batch_changes',   'append_only')
-    ) AS w (table_name, trigger_name)
+                  CASE WHEN t.oid IS NULL THEN 'made' WHEN k.as_it_must_be THEN 'switched on again' ELSE 'not as it must be, made again' END),
+           CASE WHEN k.as_it_must_be THEN format('ALTER TABLE %I ENABLE TRIGGER %I', w.table_name, w.trigger_name)
+                WHEN t.oid IS NOT NULL THEN format('DROP TRIGGER %I ON %I', w.trigger_name, w.table_name) END
+    FROM (VALUES  -- with when they fire, as in pg_trigger.tgtype, and whether they have a WHEN clause
+        ('executions',      'guard_inserted_executions', 4,  false),
+        ('executions',      'guard_updated_execution',   17, true),
+        ('jobs',            'guard_updated_job',         17, true),
+        ('emergency_stops', 'append_only',               58, false),
+        ('batch_changes',   'append_only',               58, false)
+    ) AS w (table_name, trigger_name, type, has_when)
     LEFT JOIN pg_trigger t ON t.tgrelid = to_regclass(w.table_name) AND t.tgname = w.trigger_name
-    WHERE t.oid IS NULL OR t.tgenabled NOT IN ('O', 'A');
+    CROSS JOIN LATERAL (SELECT t.tgtype = w.type AND (t.tgqual IS NOT NULL) = w.has_when) AS k (as_it_must_be)
+    WHERE t.oid IS NULL OR t.tgenabled NOT IN ('O', 'A') OR NOT k.as_it_must_be;
 $$;
 COMMENT ON FUNCTION missing_triggers() IS 'The triggers that our tables lack, or that are switched off, and how each is switched on.';
 

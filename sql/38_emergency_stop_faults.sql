@@ -79,13 +79,14 @@ BEGIN
         JOIN tables t ON t.name = p.table_name AND NOT has_table_privilege(owner, t.oid, p.privilege)
         UNION ALL
         SELECT format('trigger %s on table %s is %s', w.name, w.table_name, CASE WHEN g.oid IS NULL THEN 'missing' ELSE 'disabled' END)
-        FROM (VALUES ('guard_inserted_executions', 'executions', 'guard_inserted_executions()'),
-                     ('guard_updated_execution', 'executions', 'guard_updated_execution()'),
-                     ('guard_updated_job', 'jobs', 'guard_updated_job()'),
-                     ('append_only', 'emergency_stops', 'keep_append_only()'),
-                     ('append_only', 'batch_changes', 'keep_append_only()')) AS w (name, table_name, function)
+        FROM (VALUES ('guard_inserted_executions', 'executions', 'guard_inserted_executions()', 4, false),
+                     ('guard_updated_execution', 'executions', 'guard_updated_execution()', 17, true),
+                     ('guard_updated_job', 'jobs', 'guard_updated_job()', 17, true),
+                     ('append_only', 'emergency_stops', 'keep_append_only()', 58, false),
+                     ('append_only', 'batch_changes', 'keep_append_only()', 58, false)) AS w (name, table_name, function, type, has_when)
         JOIN tables t ON t.name = w.table_name AND t.oid IS NOT NULL
         LEFT JOIN pg_trigger g ON g.tgrelid = t.oid AND g.tgname = w.name AND g.tgfoid = to_regprocedure(w.function)
+                               AND g.tgtype = w.type AND (g.tgqual IS NOT NULL) = w.has_when  -- it fires when it has to
         WHERE g.oid IS NULL OR g.tgenabled NOT IN ('O', 'A')
         UNION ALL
         -- The functions switch row_security off, which turns hidden rows into an error.

@@ -48,8 +48,8 @@ FAULTY = {
         "CREATE FUNCTION another() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
         "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION another()",
         "trigger guard_updated_job on table jobs is missing",
-        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs"
-        " FOR EACH ROW EXECUTE FUNCTION guard_updated_job()",
+        "CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW"
+        " WHEN (OLD.status = ANY ('{completed,failed,cancelled}')) EXECUTE FUNCTION guard_updated_job()",
     ),
     "a function that finds the caller's tables": (
         "ALTER FUNCTION commit_durably() RESET search_path",
@@ -339,3 +339,26 @@ def test_strangers_may_not_ask(db, connect, owner_url):
             stranger.execute(f"SELECT {call}")
     stranger.close()
     db.execute("DROP ROLE beacon_stranger")
+
+
+@pytest.mark.parametrize(
+    ("table", "trigger", "definition"),
+    [
+        ("jobs", "guard_updated_job", "AFTER INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION guard_updated_job()"),
+        (
+            "executions",
+            "guard_inserted_executions",
+            "AFTER INSERT ON executions REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT WHEN (false)"
+            " EXECUTE FUNCTION guard_inserted_executions()",
+        ),
+    ],
+)
+def test_a_trigger_that_is_there_but_does_not_fire_is_a_fault_until_it_is_installed_again(
+    db, owner_url, table, trigger, definition
+):
+    db.execute(f"DROP TRIGGER {trigger} ON {table}; CREATE TRIGGER {trigger} {definition}")
+
+    faults = [fault for (fault,) in db.execute("SELECT * FROM emergency_stop_faults()")]
+    assert faults == [f"trigger {trigger} on table {table} is missing"]
+    beacon_stop.init_db(owner_url)
+    assert db.execute("SELECT * FROM emergency_stop_faults()").fetchall() == []

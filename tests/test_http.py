@@ -635,7 +635,8 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
     first = lines[0]
     assert first | {"time": None, "duration_ms": None} == {
         "time": None, "event": "emergency_stop", "request_id": "req-1", "client": "127.0.0.1", "job_id": job_id, "outcome": "stopped",
-        "executions_stopped": 2, "reason": "line\nbreak", "actor": "ann", "duration_ms": None, "status": 200,
+        "executions_stopped": 2, "sessions_ended": 0, "reason": "line\nbreak", "actor": "ann", "duration_ms": None,
+        "status": 200,
     }  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["time"])
     assert 0 < first["duration_ms"] < 60_000
@@ -1091,3 +1092,30 @@ def test_faults_and_warnings_are_told_by_readiness(client, db):
     assert ready("warning: no foreign key", "trigger x is disabled") == (
         503, {"error": "the emergency stop would not work: see faults", "faults": ["trigger x is disabled"]}
     )  # fmt: skip
+
+
+def test_a_job_that_the_database_refuses_to_stop_keeps_none_of_the_others_running(client, db, make_job):
+    jobs = [make_job(id, running=1) for id in ("t1", "t2", "t3", "t4")]
+    db.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            RAISE EXCEPTION 'the application says no';
+        END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = 't3') EXECUTE FUNCTION refuse()""")
+
+    body = json.dumps({"job_ids": [*jobs, "nix"]}).encode()
+    answer = client("POST", "/admin/emergency-stop", body, HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert answer.status == 200
+    counts = {key: value for key, value in answer.json.items() if key != "results"}
+    assert counts == {"stopped": 3, "already_terminal": 0, "not_found": 1, "locked": 0, "failed": 1}
+    refused = answer.json["results"][2]
+    assert (refused["job_id"], refused["message"], refused["sqlstate"]) == ("t3", "the application says no", "P0001")
+    assert [count_active(db, id) for id in jobs] == [0, 0, 1, 0]
+
+
+def test_an_admin_call_without_a_route_is_logged_too(client, capsys):
+    assert client("PUT", "/admin/jobs/x/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN).status == 405
+    assert client("POST", "/admin/nope", HTTP_X_ADMIN_TOKEN=TOKEN).status == 404
+
+    lines = log_lines(capsys, "refused")
+    assert [(line["outcome"], line["status"]) for line in lines] == [("method not allowed", 405), ("no such route", 404)]
