@@ -34,7 +34,7 @@ lint: $(STAMP)  ## Check style and types
 	.venv/bin/mypy
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .beacon .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml

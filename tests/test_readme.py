@@ -57,10 +57,11 @@ def shell(make_app, serve_app, service_url) -> Callable[..., subprocess.Complete
 
 @pytest.fixture
 def job(make_job: Callable[..., str], db: psycopg.Connection) -> str:
-    """42 active executions, 21 of them begun."""
+    """42 active executions, 22 of them begun."""
     job_id = make_job("bias-detection-1759185378516", completed=10)
     db.execute(
-        "INSERT INTO executions (job_id, status, started_at) SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END"
+        "INSERT INTO executions (job_id, status, started_at)"
+        " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END"
         " FROM unnest('{pending,pending,running,processing}'::text[]) AS status, generate_series(1, 10)", (job_id,)
     )  # fmt: skip
     db.execute(
@@ -223,8 +224,14 @@ def test_psql_and_curl_without_a_secret_in_the_process_list(shell, service_url, 
         section("sql/README.md", "psql without a password in the process list"), "bash"
     )
     parts = conninfo_to_dict(service_url)
-    for name, value in (("db.example", parts["host"]), ("dbname=app", f"dbname={parts['dbname']}"), (":app:", f":{parts['dbname']}:"),
-                        ("PGDATABASE=app", f"PGDATABASE={parts['dbname']}"), ("choose-one", parts["password"]), (":5432:", ":*:")):  # fmt: skip
+    for name, value in (
+        ("db.example", parts["host"]),
+        ("dbname=app", f"dbname={parts['dbname']}"),
+        (":app:", f":{parts['dbname']}:"),
+        ("PGDATABASE=app", f"PGDATABASE={parts['dbname']}"),
+        ("choose-one", parts["password"]),
+        (":5432:", ":*:"),
+    ):
         files, environment = files.replace(name, value), environment.replace(name, value)
     clean = {"HOME": str(tmp_path)} | dict.fromkeys(("PGHOST", "PGDATABASE", "PGUSER", "PGPASSWORD"), "")
 

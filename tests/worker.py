@@ -59,8 +59,9 @@ class StopWatch:
 
     def look(self, connection: psycopg.Connection[Any], id: str) -> None:
         """Ask what has become of the job, and tell its blocks if it has ended or is gone."""
-        (answer,) = connection.execute("SELECT get_job(%s)", (id,)).fetchone() or ({},)
-        if "error" in answer or answer["status"] in TERMINAL:
+        query = "SELECT answer ->> 'error', answer ->> 'status' FROM get_job(%s) AS answer"  # metadata can be any size
+        error, status = connection.execute(query, (id,)).fetchone() or (None, None)
+        if error or status in TERMINAL:
             with self.lock:
                 for event in self.blocks.get(id, ()):
                     event.set()
@@ -78,10 +79,12 @@ class StopWatch:
                     connection.execute("LISTEN emergency_stop")  # first this, then a look: nothing falls in between
                     named, next_look = set[str](), 0.0
                     while True:
+                        with self.lock:
+                            watched = set(self.blocks)
                         if time.monotonic() >= next_look:
-                            named, next_look = set(self.blocks), time.monotonic() + self.poll_seconds
+                            named, next_look = watched, time.monotonic() + self.poll_seconds
                             self.send_confirmations(connection)
-                        for id in named & set(self.blocks):
+                        for id in named & watched:
                             self.look(connection, id)
                         seconds = max(0, next_look - time.monotonic())
                         named = {named_job(each.payload) for each in connection.notifies(timeout=seconds, stop_after=1)}
