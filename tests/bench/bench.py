@@ -149,7 +149,7 @@ class Databases:
             server.execute("CREATE ROLE beacon_service LOGIN")
         beacon_stop.init_db(self.url("installed"))
         with psycopg.connect(self.url("installed")) as db:
-            for function in [*beacon_stop.FUNCTIONS, beacon_stop.GROUP_FUNCTION]:
+            for function in [*beacon_stop.FUNCTIONS, "emergency_stop_jobs"]:
                 db.execute(f"GRANT EXECUTE ON FUNCTION {function} TO beacon_service")
 
     def url(self, name: str, role: str = "postgres") -> str:
@@ -488,7 +488,7 @@ class Bench:
             answered, _ = wrk(self.folder, runner.port, STOP_SECONDS, jobs)
             in_flight = CLIENTS  # wrk does not wait for the last answers
         else:
-            script = f"\\set n :n + 1\n\\set job {FIRST_JOB} + :n * {CLIENTS} + :client_id\nSELECT emergency_stop_job(:job, NULL)::text;\n"
+            script = f"\\set n :n + 1\n\\set job {FIRST_JOB} + :n * {CLIENTS} + :client_id\nSELECT emergency_stop_job(:job)::text;\n"
             answered, _ = self.pgbench.run("race", script, CLIENTS, STOP_SECONDS, n=-1)
             in_flight = 0
         count, stopped = "SELECT count(*) FROM emergency_stops", -1
@@ -520,7 +520,7 @@ class Bench:
         if runner.command:
             _, rate = wrk(self.folder, runner.port, NOOP_SECONDS, jobs)
         else:
-            script = f"\\set job random({FIRST_JOB}, {FIRST_JOB} + :jobs - 1)\nSELECT emergency_stop_job(:job, NULL)::text;\n"
+            script = f"\\set job random({FIRST_JOB}, {FIRST_JOB} + :jobs - 1)\nSELECT emergency_stop_job(:job)::text;\n"
             _, rate = self.pgbench.run("race", script, CLIENTS, NOOP_SECONDS, jobs=jobs)
         if db.execute(audit).fetchone() != stops:
             raise RuntimeError(f"{runner.name} stopped jobs again that had been stopped")
