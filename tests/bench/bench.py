@@ -100,7 +100,13 @@ class Figure:
 
 
 ROWS = [
-    Row("pgbench", "stops/s over HTTP, best WSGI server (granian)", "pgbench calling the same function, prepared", ">=", 0.90),
+    Row(
+        "pgbench",
+        "stops/s over HTTP, best WSGI server (granian)",
+        "pgbench calling the same function, prepared",
+        ">=",
+        0.90,
+    ),
     Row("stdlib", "the same on the stdlib server", "the same pgbench", ">=", 0.60),
     Row("no-ops", "no-ops/s (already stopped), best server (bjoern)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
     Row("fastapi", "stops/s over HTTP, best server (granian)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
@@ -109,7 +115,13 @@ ROWS = [
     Row("flask prepared", "stops/s over HTTP, best server (granian)", "the same with psycopg 3, which prepares"),
     Row("go", "stops/s over HTTP, best server (granian)", "Go + gin + pgx, pipelined", ">=", 1.15),
     Row("large", "a stop of 500,000 executions", "the two bare UPDATEs in one transaction, same triggers", "<=", 1.05),
-    Row("crowd", "a 42-execution stop beside 3,000,000 other rows, 300,000 of them the same job's", "beside none", "<=", 1.15),
+    Row(
+        "crowd",
+        "a 42-execution stop beside 3,000,000 other rows, 300,000 of them the same job's",
+        "beside none",
+        "<=",
+        1.15,
+    ),
     Row("insert", "single-row inserts/s with the guard, 8 clients", "without", ">=", 0.85),
     Row("update", "single-row updates/s with the guard, 8 clients", "without"),
     Row("bulk", "rows/s of a 100,000-row INSERT ... SELECT with the guard", "without", ">=", 0.95),
@@ -149,7 +161,7 @@ class Databases:
             server.execute("CREATE ROLE beacon_service LOGIN")
         beacon_stop.init_db(self.url("installed"))
         with psycopg.connect(self.url("installed")) as db:
-            for function in [*beacon_stop.FUNCTIONS, beacon_stop.GROUP_FUNCTION]:
+            for function in [*beacon_stop.FUNCTIONS, "emergency_stop_jobs"]:
                 db.execute(f"GRANT EXECUTE ON FUNCTION {function} TO beacon_service")
 
     def url(self, name: str, role: str = "postgres") -> str:
@@ -177,12 +189,17 @@ def load(db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed
         "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'executions' AND indexname <> 'executions_pkey'"
     ).fetchall()
     db.execute("TRUNCATE jobs, executions, emergency_stops RESTART IDENTITY")
-    db.execute("CHECKPOINT")  # before the load: after it each page's first change would write the page to the WAL, whoever makes it
+    db.execute(
+        "CHECKPOINT"
+    )  # before the load: after it each page's first change would write the page to the WAL, whoever makes it
     with db.transaction():
         db.execute("SET LOCAL session_replication_role = replica")  # no triggers, which would take the longest time
         for name, _ in secondary:
             db.execute(f"DROP INDEX {name}")
-        db.execute("INSERT INTO jobs (id, status) SELECT %s + n, 'processing' FROM generate_series(0, %s) AS n", (FIRST_JOB, jobs - 1))
+        db.execute(
+            "INSERT INTO jobs (id, status) SELECT %s + n, 'processing' FROM generate_series(0, %s) AS n",
+            (FIRST_JOB, jobs - 1),
+        )
         db.execute(
             "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
             " SELECT %s + job, CASE WHEN n <= %s THEN 'completed' ELSE ('{pending,running,processing}'::text[])[n %% 3 + 1] END, now(),"
@@ -327,7 +344,11 @@ def build_peers() -> None:
             sys.exit(f"bench: {tool} is not installed: expected it on the PATH, see the target bench in the Makefile")
     node = TOOLS / "node"
     shutil.copytree(HERE / "peers" / "node", node, dirs_exist_ok=True)
-    build = {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOCACHE": str(TOOLS / "go-cache")}  # Debian's packages are sources
+    build = {
+        "GO111MODULE": "off",
+        "GOPATH": "/usr/share/gocode",
+        "GOCACHE": str(TOOLS / "go-cache"),
+    }  # Debian's packages are sources
     for command, folder in (
         (["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"], node),
         (["go", "build", "-o", str(TOOLS / "go-peer"), "main.go"], HERE / "peers" / "go"),
@@ -348,7 +369,9 @@ def serving(contender: Contender, databases: Databases, database: str, folder: P
         "ADMIN_TOKEN": TOKEN, "DATABASE_URL": databases.url(database, contender.role), "PORT": str(contender.port), **contender.environment,
     }  # fmt: skip
     log_file = folder / f"{contender.name}-{contender.port}.log"
-    with running(command, log_file, lambda: accepts_connections(contender.port), environment, cwd=HERE / "peers") as server:
+    with running(
+        command, log_file, lambda: accepts_connections(contender.port), environment, cwd=HERE / "peers"
+    ) as server:
         try:
             yield psutil.Process(server.process.pid)
         except (OSError, http.client.HTTPException) as error:
@@ -367,13 +390,23 @@ def check_answers(db: psycopg.Connection[Any], contender: Contender) -> None:
     load(db, 1)
     connection = http.client.HTTPConnection("127.0.0.1", contender.port, timeout=60)
     id = str(FIRST_JOB)
-    got = [post(connection, FIRST_JOB, "wrong"), post(connection, FIRST_JOB), post(connection, FIRST_JOB), post(connection, FIRST_JOB + 1)]
+    got = [
+        post(connection, FIRST_JOB, "wrong"),
+        post(connection, FIRST_JOB),
+        post(connection, FIRST_JOB),
+        post(connection, FIRST_JOB + 1),
+    ]
     connection.close()
     stopped_at = got[1][1].get("stopped_at")
     stopped = {"ok": True, "message": "Job emergency stopped", "job_id": id, "previous_status": "processing", "new_status": "failed",
                "executions_stopped": ACTIVE, "stopped_at": stopped_at}  # fmt: skip
     done = {"ok": True, "message": "Job already in terminal state", "job_id": id, "status": "failed", "action": "none"}
-    want = [(403, {"error": "forbidden"}), (200, stopped), (200, done), (404, {"error": "job not found", "job_id": str(FIRST_JOB + 1)})]
+    want = [
+        (403, {"error": "forbidden"}),
+        (200, stopped),
+        (200, done),
+        (404, {"error": "job not found", "job_id": str(FIRST_JOB + 1)}),
+    ]
     left = db.execute(
         "SELECT status, metadata,"
         " (SELECT array_agg(DISTINCT output) FROM executions WHERE status = 'failed' AND completed_at = j.updated_at),"
@@ -414,7 +447,19 @@ def wrk(folder: Path, port: int, seconds: int, jobs: int) -> tuple[int, float]:
     """Ask for one job after the other, around and around; the number of answers, and their rate. All of them have to be 200."""
     script = folder / "wrk.lua"
     script.write_text(WRK_SCRIPT)
-    command = ["wrk", "-t1", f"-c{CLIENTS}", f"-d{seconds}s", "-s", script, f"http://127.0.0.1:{port}", "--", FIRST_JOB, jobs, TOKEN]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{CLIENTS}",
+        f"-d{seconds}s",
+        "-s",
+        script,
+        f"http://127.0.0.1:{port}",
+        "--",
+        FIRST_JOB,
+        jobs,
+        TOKEN,
+    ]
     output = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
     match = re.search(r"^RESULT (\d+) (\d+) (\d+) ([\d.]+)$", output, re.MULTILINE)
     if not match or match[2] != "0" or match[3] != "0":
@@ -438,9 +483,15 @@ class Bench:
         by_name = contenders()
         self.run_rounds(list(by_name.values()))
 
-        def figure(ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops) -> Figure:
+        def figure(
+            ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops
+        ) -> Figure:
             one, other = rates(by_name[ours]), rates(by_name[theirs])
-            return Figure(median(a / b for a, b in zip(one, other, strict=True)), f"{median(one):,.0f}/s", f"{median(other):,.0f}/s")
+            return Figure(
+                median(a / b for a, b in zip(one, other, strict=True)),
+                f"{median(one):,.0f}/s",
+                f"{median(other):,.0f}/s",
+            )
 
         return {
             "pgbench": figure("granian", "pgbench"),
@@ -488,7 +539,7 @@ class Bench:
             answered, _ = wrk(self.folder, runner.port, STOP_SECONDS, jobs)
             in_flight = CLIENTS  # wrk does not wait for the last answers
         else:
-            script = f"\\set n :n + 1\n\\set job {FIRST_JOB} + :n * {CLIENTS} + :client_id\nSELECT emergency_stop_job(:job, NULL)::text;\n"
+            script = f"\\set n :n + 1\n\\set job {FIRST_JOB} + :n * {CLIENTS} + :client_id\nSELECT emergency_stop_job(:job)::text;\n"
             answered, _ = self.pgbench.run("race", script, CLIENTS, STOP_SECONDS, n=-1)
             in_flight = 0
         count, stopped = "SELECT count(*) FROM emergency_stops", -1
@@ -504,8 +555,14 @@ class Bench:
         ).fetchone()
         if last and last >= FIRST_JOB + jobs - CLIENTS:
             return None
-        if not (0 < answered <= stopped <= answered + in_flight and stopped == distinct == complete and executions == stopped * ACTIVE):
-            raise RuntimeError(f"{runner.name}: {answered} answers, but {stopped} stops, {distinct} jobs, {executions} executions")
+        if not (
+            0 < answered <= stopped <= answered + in_flight
+            and stopped == distinct == complete
+            and executions == stopped * ACTIVE
+        ):
+            raise RuntimeError(
+                f"{runner.name}: {answered} answers, but {stopped} stops, {distinct} jobs, {executions} executions"
+            )
         (rate,) = db.execute(
             "SELECT (count(*) / extract(epoch FROM max(stopped_at) - min(stopped_at)))::float8 FROM emergency_stops"
             " WHERE stopped_at >= (SELECT min(stopped_at) FROM emergency_stops) + %s * interval '1 second'",
@@ -520,7 +577,7 @@ class Bench:
         if runner.command:
             _, rate = wrk(self.folder, runner.port, NOOP_SECONDS, jobs)
         else:
-            script = f"\\set job random({FIRST_JOB}, {FIRST_JOB} + :jobs - 1)\nSELECT emergency_stop_job(:job, NULL)::text;\n"
+            script = f"\\set job random({FIRST_JOB}, {FIRST_JOB} + :jobs - 1)\nSELECT emergency_stop_job(:job)::text;\n"
             _, rate = self.pgbench.run("race", script, CLIENTS, NOOP_SECONDS, jobs=jobs)
         if db.execute(audit).fetchone() != stops:
             raise RuntimeError(f"{runner.name} stopped jobs again that had been stopped")
@@ -545,7 +602,9 @@ class Bench:
             for name in random.sample(list(ways), len(ways)):
                 load(db, 1, active=500_000)
                 for table in ("jobs", "executions"):
-                    db.execute(f"ALTER TABLE {table} {'DISABLE' if name == 'bare without triggers' else 'ENABLE'} TRIGGER USER")
+                    db.execute(
+                        f"ALTER TABLE {table} {'DISABLE' if name == 'bare without triggers' else 'ENABLE'} TRIGGER USER"
+                    )
                 seconds[name].append(timed(ways[name]))
                 say(f"round {number} of {ROUNDS}: 500,000 executions, {name}: {seconds[name][-1]:.2f} s")
         self.databases.drop("large")
@@ -553,7 +612,9 @@ class Bench:
         ratio = median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True))
         return {
             "large": Figure(
-                ratio, f"{times['ours']:.2f} s", f"{times['bare']:.2f} s ({times['bare without triggers']:.2f} s where no triggers are)"
+                ratio,
+                f"{times['ours']:.2f} s",
+                f"{times['bare']:.2f} s ({times['bare without triggers']:.2f} s where no triggers are)",
             )
         }
 
@@ -577,7 +638,9 @@ class Bench:
                 db.execute("VACUUM (ANALYZE) jobs, executions")
             for job in range(FIRST_JOB, FIRST_JOB + 10):
                 for name in random.sample(list(sides), 2):
-                    seconds[name].append(timed(lambda: sides[name].execute("SELECT emergency_stop_job(%s)", (str(job),))))  # noqa: B023
+                    seconds[name].append(
+                        timed(lambda: sides[name].execute("SELECT emergency_stop_job(%s)", (str(job),)))
+                    )  # noqa: B023
         self.databases.drop(*sides)
         times = {name: median(values) for name, values in seconds.items()}
         ratio = median(a / b for a, b in zip(seconds["crowded"], seconds["lonely"], strict=True))
@@ -588,9 +651,13 @@ class Bench:
         sides = {"guarded": self.databases.create("guarded"), "unguarded": self.databases.create("unguarded")}
         sides["unguarded"].execute("ALTER TABLE executions DISABLE TRIGGER USER")
         single = f"\\set job random({FIRST_JOB}, {FIRST_JOB + 999})\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n"
-        update = "\\set id random(1, 10000)\nUPDATE executions SET status = 'running', started_at = now() WHERE id = :id;\n"
+        update = (
+            "\\set id random(1, 10000)\nUPDATE executions SET status = 'running', started_at = now() WHERE id = :id;\n"
+        )
         bulk = "INSERT INTO executions (job_id, status) SELECT %s, 'pending' FROM generate_series(1, 100000)"
-        rates: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in sides} for kind in ("insert", "update", "bulk")}
+        rates: dict[str, dict[str, list[float]]] = {
+            kind: {name: [] for name in sides} for kind in ("insert", "update", "bulk")
+        }
 
         def shown(kind: str) -> str:
             return ", ".join(f"{name} {median(values):,.0f}/s" for name, values in rates[kind].items())
@@ -642,13 +709,19 @@ class Bench:
                 finally:
                     process.kill()
                     process.wait()
-                status, left = db.execute(f"SELECT (SELECT status FROM jobs WHERE id = %s), ({active})", (str(job), str(job))).fetchone()
+                status, left = db.execute(
+                    f"SELECT (SELECT status FROM jobs WHERE id = %s), ({active})", (str(job), str(job))
+                ).fetchone()
                 if (status, left) != ("failed", 0):
                     raise RuntimeError(f"after the stop the job is {status} and {left} executions are active")
                 say(f"flood stopped in {seconds[-1] * 1000:.0f} ms")
             connection.close()
         self.databases.drop("flood")
-        return {"flood": Figure(median(seconds) / 0.005, f"{median(seconds) * 1000:.0f} ms (worst {max(seconds) * 1000:.0f} ms)", "5 ms")}
+        return {
+            "flood": Figure(
+                median(seconds) / 0.005, f"{median(seconds) * 1000:.0f} ms (worst {max(seconds) * 1000:.0f} ms)", "5 ms"
+            )
+        }
 
     def memory(self) -> dict[str, Figure]:
         """The highest resident size of `beacon-stop serve` while 1,000,000 executions are read from it, as the kernel recorded it."""
@@ -681,7 +754,9 @@ class Bench:
     def told(self) -> dict[str, Figure]:
         """From the moment before COMMIT is sent, so that its flush counts too, to a listening process that has read the notification."""
         load(db := self.databases.create("told"), 500)
-        listener = subprocess.Popen([sys.executable, __file__, "--listen", self.databases.url("told")], stdout=subprocess.PIPE, text=True)
+        listener = subprocess.Popen(
+            [sys.executable, __file__, "--listen", self.databases.url("told")], stdout=subprocess.PIPE, text=True
+        )
         try:
             assert listener.stdout
             listener.stdout.readline()
@@ -701,7 +776,8 @@ class Bench:
         self.databases.drop("told")
         return {
             "told": Figure(
-                quantiles(milliseconds, n=100)[98], f"{quantiles(milliseconds, n=100)[98]:.1f} ms (median {median(milliseconds):.1f} ms)"
+                quantiles(milliseconds, n=100)[98],
+                f"{quantiles(milliseconds, n=100)[98]:.1f} ms (median {median(milliseconds):.1f} ms)",
             )
         }
 
@@ -727,7 +803,18 @@ def versions(db_version: str) -> str:
         return said("dpkg-query", "-W", "-f", "${Version}", package).split("-")[0]
 
     dependencies = json.loads((HERE / "peers" / "node" / "package.json").read_text())["dependencies"]
-    python = ("psycopg", "granian", "bjoern", "fastapi", "uvicorn", "asyncpg", "flask", "sqlalchemy", "psycopg2-binary", "gunicorn")
+    python = (
+        "psycopg",
+        "granian",
+        "bjoern",
+        "fastapi",
+        "uvicorn",
+        "asyncpg",
+        "flask",
+        "sqlalchemy",
+        "psycopg2-binary",
+        "gunicorn",
+    )
     return ", ".join([
         f"PostgreSQL {db_version}", f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in python),
         f"Node {said('node', '--version').removeprefix('v')}", *(f"{name} {number}" for name, number in dependencies.items()),
@@ -747,7 +834,15 @@ def print_table(figures: Mapping[str, Figure], db_version: str) -> None:
         if figure := figures.get(row.key):
             unit = f" {row.unit}" if row.unit else ""
             bound = "-" if row.bound is None else f"{row.sign} {row.bound:g}{unit}"
-            cells = [row.what, row.against, f"{figure.value:.2f}{unit}", bound, row.verdict(figure.value), figure.ours, figure.theirs]
+            cells = [
+                row.what,
+                row.against,
+                f"{figure.value:.2f}{unit}",
+                bound,
+                row.verdict(figure.value),
+                figure.ours,
+                figure.theirs,
+            ]
             print(f"| {' | '.join(cells)} |")
     print(f"\n{date.today()}, {machine()}; {versions(db_version)}.")
     print(f"{ACTIVE} active and {COMPLETED} completed executions a job, {CLIENTS} clients, {ROUNDS} rounds.")

@@ -21,7 +21,18 @@ from urllib.parse import quote
 import psutil
 import psycopg
 import pytest
-from conftest import ROOT, SERVICE_PASSWORD, TOKEN, Answer, create_service_role, new_folder, readme_block, send, url_of, wait_until
+from conftest import (
+    ROOT,
+    SERVICE_PASSWORD,
+    TOKEN,
+    Answer,
+    create_service_role,
+    new_folder,
+    readme_block,
+    send,
+    url_of,
+    wait_until,
+)
 from processes import Cluster, Running, accepts_connections, free_port, running
 from psycopg.conninfo import conninfo_to_dict
 
@@ -90,7 +101,8 @@ def test_the_readme_says_how_each_server_is_started_here():
     block = readme_block("bash", "gunicorn --workers 2").replace("\\\n", "")
     shown = [shlex.split(line) for line in block.splitlines() if not line.startswith("#")]
     started = [
-        {*shlex.split(kind.command.format(port=8080, folder="", venv="")), "SCRIPT_NAME=/prefix"} for kind in KINDS.values()
+        {*shlex.split(kind.command.format(port=8080, folder="", venv="")), "SCRIPT_NAME=/prefix"}
+        for kind in KINDS.values()
     ]
 
     assert len(shown) >= len(KINDS) - 3  # Apache's has no command, and two others only options
@@ -98,7 +110,9 @@ def test_the_readme_says_how_each_server_is_started_here():
         assert any(set(command) <= options for options in started), command
 
 
-VALIDATED = "from wsgiref.validate import validator; import beacon_stop; application = validator(beacon_stop.application)"
+VALIDATED = (
+    "from wsgiref.validate import validator; import beacon_stop; application = validator(beacon_stop.application)"
+)
 
 GUNICORN_CONF = "from gevent import monkey; monkey.patch_all()"  # else it would come after what is preloaded
 
@@ -155,10 +169,14 @@ class Served:
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         answer = send(f"http://127.0.0.1:{self.port}", method, self.kind.mount + path, body, **headers)
-        return replace(answer, headers={name.lower(): value for name, value in answer.headers.items()})  # servers write them as they like
+        return replace(
+            answer, headers={name.lower(): value for name, value in answer.headers.items()}
+        )  # servers write them as they like
 
     def stop(self, id: str, body: Any = b"{}", **headers: str) -> Answer:
-        return self("POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": TOKEN, **headers})
+        return self(
+            "POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": TOKEN, **headers}
+        )
 
     def stop_in_chunks(self, id: str, body: bytes) -> Answer:
         """A stop with a body of unknown length, sent whole before the answer is awaited: it may be refused unread."""
@@ -205,7 +223,11 @@ def serving(kind: Kind, url: str, folder: Path) -> Iterator[Served]:
         **{f"BEACON_{name}_RATE": "1000000/second" for name in ("ADMIN", "FAILED", "READ")}, **kind.environment,
     }  # fmt: skip
     with running(
-        [Path(sys.executable).parent / program, *arguments], folder / "log", lambda: accepts_connections(port), environment, cwd=ROOT
+        [Path(sys.executable).parent / program, *arguments],
+        folder / "log",
+        lambda: accepts_connections(port),
+        environment,
+        cwd=ROOT,
     ) as process:
         server = Served(kind, port, process, int(conninfo_to_dict(url)["port"]))
         wait_until(server.all_answer, 30)
@@ -266,20 +288,26 @@ def test_eight_callers_stop_their_jobs_and_a_shared_one(server, make_job, db):
             answers.append((server.stop_in_chunks if server.kind.takes_chunks else server.stop)(job_id, reason))
             assert server("GET", f"/api/v1/jobs/{job_id}").json["status"] == "failed"
             listed = server("GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
-            assert Counter(each["status"] for each in listed) == ({"failed": 42, "completed": 10} if job_id == shared else {"failed": 3})
+            assert Counter(each["status"] for each in listed) == (
+                {"failed": 42, "completed": 10} if job_id == shared else {"failed": 3}
+            )
         return answers
 
     with ThreadPoolExecutor(8) as callers:
         answers = list(callers.map(call, range(8)))
 
     for caller, own in enumerate(answers):
-        assert [(a.status, a.json["message"], a.json["executions_stopped"]) for a in own[:3]] == [(200, "Job emergency stopped", 3)] * 3
-        assert db.execute("SELECT array_agg(DISTINCT reason) FROM emergency_stops WHERE job_id = ANY(%s)", (jobs[caller],)).fetchone() == (
-            [f"caller {caller}"],
-        )
+        assert [(a.status, a.json["message"], a.json["executions_stopped"]) for a in own[:3]] == [
+            (200, "Job emergency stopped", 3)
+        ] * 3
+        assert db.execute(
+            "SELECT array_agg(DISTINCT reason) FROM emergency_stops WHERE job_id = ANY(%s)", (jobs[caller],)
+        ).fetchone() == ([f"caller {caller}"],)
     messages = sorted(own[3].json["message"] for own in answers)
     assert messages == ["Job already in terminal state"] * 7 + ["Job emergency stopped"]
-    assert db.execute("SELECT count(*), sum(executions_stopped) FROM emergency_stops WHERE job_id = %s", (shared,)).fetchone() == (1, 42)
+    assert db.execute(
+        "SELECT count(*), sum(executions_stopped) FROM emergency_stops WHERE job_id = %s", (shared,)
+    ).fetchone() == (1, 42)
     answered = sorted(answer.headers["x-request-id"] for own in answers for answer in own)
     wait_until(lambda: len(server.lines()) >= before + len(answered))  # no answer waits for its line
     assert sorted(line["request_id"] for line in server.lines()[before:]) == answered
@@ -290,14 +318,36 @@ def test_bodies_of_any_kind(server, make_job, db):
 
     assert server.stop(job_id, LARGE).status == 413
     answer = server.stop_in_chunks(job_id, LARGE)
-    assert (answer.status, answer.headers["content-type"]) == (413 if server.kind.takes_chunks else 411, "application/json")
+    assert (answer.status, answer.headers["content-type"]) == (
+        413 if server.kind.takes_chunks else 411,
+        "application/json",
+    )
     assert server.stop_in_chunks(job_id, b"[]").status == (400 if server.kind.takes_chunks else 411)
     assert server.stop(job_id, b"{").status == 400
     assert db.execute("SELECT status FROM jobs WHERE id = %s", (job_id,)).fetchone() == ("processing",)
     assert server.stop(job_id, None).json["executions_stopped"] == 1
 
 
-IDS = ["a b", "a/b", "/", "//", "a//b", "a/", "..", ".", "a/../b", "a/./b", "a%2Fb", "a%2fb", "%2F", "100%", "ä", "日本", "?x=1#y", "\r\n"]
+IDS = [
+    "a b",
+    "a/b",
+    "/",
+    "//",
+    "a//b",
+    "a/",
+    "..",
+    ".",
+    "a/../b",
+    "a/./b",
+    "a%2Fb",
+    "a%2fb",
+    "%2F",
+    "100%",
+    "ä",
+    "日本",
+    "?x=1#y",
+    "\r\n",
+]
 IDS += ["'\"\\", "a;b", "x" * 255]
 
 
@@ -313,7 +363,13 @@ def test_an_id_of_any_characters_is_that_job_and_no_other(server, db):
 REFUSALS = {
     "no token": ("POST", "/admin/jobs/x/emergency-stop", {"X-Admin-Token": "wrong"}, 403, "forbidden"),
     "an unknown job": ("POST", "/admin/jobs/nix/emergency-stop", {"X-Admin-Token": TOKEN}, 404, "job not found"),
-    "an id that is not UTF-8": ("POST", "/admin/jobs/%ff/emergency-stop", {"X-Admin-Token": TOKEN}, 400, "job id is not UTF-8"),
+    "an id that is not UTF-8": (
+        "POST",
+        "/admin/jobs/%ff/emergency-stop",
+        {"X-Admin-Token": TOKEN},
+        400,
+        "job id is not UTF-8",
+    ),
     "no such route": ("GET", "/admin", {}, 404, "no such route"),
     "another method": ("DELETE", "/api/v1/jobs/x", {}, 405, "method not allowed"),
     "no job": ("GET", "/api/v1/executions", {}, 400, "job_id is missing"),
@@ -343,7 +399,10 @@ def test_a_connection_is_used_again(server, make_job):
     with closing(connection):
         for job_id in [make_job(running=1) for _ in range(5)]:
             connection.request(
-                "POST", f"{server.kind.mount}/admin/jobs/{job_id}/emergency-stop", b'{"reason": "again"}', {"X-Admin-Token": TOKEN}
+                "POST",
+                f"{server.kind.mount}/admin/jobs/{job_id}/emergency-stop",
+                b'{"reason": "again"}',
+                {"X-Admin-Token": TOKEN},
             )
             sockets.add(connection.sock)
             assert json.loads(connection.getresponse().read())["job_id"] == job_id
@@ -386,7 +445,9 @@ def test_each_process_has_connections_of_its_own_and_the_one_that_watches_them_h
 
     assert len(ports) == server.kind.processes
     assert (server.running.process.pid in ports) == (not server.kind.watched)
-    backends = [port for (port,) in db.execute("SELECT client_port FROM pg_stat_activity WHERE usename = 'beacon_service'")]
+    backends = [
+        port for (port,) in db.execute("SELECT client_port FROM pg_stat_activity WHERE usename = 'beacon_service'")
+    ]
     assert sorted(port for numbers in ports.values() for port in numbers) == sorted(backends)
 
 
