@@ -51,6 +51,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http import HTTPStatus
+from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
 from logging.handlers import QueueHandler, QueueListener
@@ -1145,15 +1146,12 @@ class Answer(SimpleHandler):
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
+        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
         # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
         if "Content-Length" not in self.headers or self.client.body_left or self.client.server.is_stopping:
-            self.client.keep_alive = False
-        if not self.client.keep_alive:
+            self.client.close_connection = True
+        if self.client.close_connection:
             self.headers["Connection"] = "close"
-
-    def finish_response(self) -> None:
-        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
-        super().finish_response()
 
     def finish_content(self) -> None:
         if not self.headers_sent:
@@ -1162,12 +1160,12 @@ class Answer(SimpleHandler):
         self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
         self.client.connection.setblocking(True)
         self.stdout.flush()
-        self.client.close_connection = not self.client.keep_alive
 
     def _flush(self) -> None:
         """Leave it to the buffer and to finish_content."""
 
     def log_exception(self, exc_info: Any) -> None:
+        self.client.close_connection = True
         if not issubclass(exc_info[0], OSError):  # the client went away
             log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
 
@@ -1185,7 +1183,7 @@ class Client(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    keep_alive = is_late = is_pipelined = expects_continue = False
+    is_late = is_pipelined = expects_continue = False
     body_left: float = 0  # bytes
 
     def expect(self, phase: str, seconds: float) -> None:
@@ -1199,24 +1197,11 @@ class Client(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.expect("waiting", READ_TIMEOUT)
-        with self.server.lock:
-            self.server.clients.add(self)
-        with suppress(OSError):  # the client went away
-            self.handle_one_request()
-            while not self.close_connection:
-                self.expect("waiting", IDLE_TIMEOUT)
-                if self.is_pipelined:
-                    time.sleep(PIPELINE_PAUSE)
-                self.handle_one_request()
-
-    def finish(self) -> None:
-        with suppress(OSError):
-            super().finish()
-        with self.server.lock:
-            self.server.clients.discard(self)
+        self.server.connections[self.connection] = self
+        super().handle()
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.keep_alive, self.body_left, head = True, False, 0, bytearray()
+        self.close_connection, self.body_left, head = True, 0, bytearray()
         while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
             if not head:
                 self.expect("reading", READ_TIMEOUT)
@@ -1237,13 +1222,16 @@ class Client(BaseHTTPRequestHandler):
             environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
                        "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
             application = lambda environ, start: respond(Request(environ), response, start)  # noqa: E731
-            self.keep_alive, self.body_left = False, math.inf
+            self.close_connection, self.body_left = True, math.inf
         Answer(self, environ).run(application)
         if self.body_left:  # closing on unread bytes could destroy the answer
             self.connection.shutdown(socket.SHUT_WR)
             self.expect("reading", LINGER_TIMEOUT)
             while self.rfile.read1(65_536):
                 pass
+        self.expect("waiting", IDLE_TIMEOUT)
+        if self.is_pipelined:
+            time.sleep(PIPELINE_PAUSE)
 
     def read_environ(self, head: bytes) -> dict[str, Any]:
         """The WSGI environ of a request; raises HTTPError for one that cannot be read in just one way."""
@@ -1253,18 +1241,14 @@ class Client(BaseHTTPRequestHandler):
             if self.is_late:
                 raise HTTPError(408, "request did not arrive in time")
             raise bad(
-                "request cannot be read: expected METHOD /path HTTP/1.1 and lines of the form Name: value, with CR LF"
+                "request cannot be read: expected METHOD /path HTTP/1.1 and lines such as Name: value, with CR LF"
             )
         if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
             raise bad("request target cannot be read: expected a path that begins with /")
-        self.raw_requestline, _, rest = head.partition(b"\r\n")
-        stream, self.rfile = self.rfile, cast(Any, BytesIO(rest))
-        try:
-            self.parse_request()
-        finally:
-            self.rfile, self.close_connection = stream, True
+        lines = BytesIO(head)
+        self.command, _, self.request_version = lines.readline().decode("latin-1").split()
         fields: dict[str, str] = {}
-        for name, value in self.headers.items():
+        for name, value in parse_headers(lines).items():
             if "_" not in name:  # in the environ it could pass for the one with a dash
                 key, value = f"HTTP_{name.upper().replace('-', '_')}", value.strip(" \t")
                 fields[key] = f"{fields[key]}, {value}" if key in fields else value
@@ -1272,17 +1256,15 @@ class Client(BaseHTTPRequestHandler):
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
         length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
-        codings = [each.strip().lower() for each in ("chunked" if coding is None else coding).split(",")]
+        *codings, last_coding = [each.strip().lower() for each in (coding or "").split(",")]
         if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
             raise bad("Content-Length cannot be read: expected one whole number")
-        if coding is not None and (length or not is_modern or codings[-1] != "chunked" or "chunked" in codings[:-1]):
-            raise bad(
-                "Transfer-Encoding cannot be used: expected chunked at its end, in HTTP/1.1, and no Content-Length"
-            )
-        if codings != ["chunked"]:
+        if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
+            raise bad("Transfer-Encoding cannot be used: expected chunked last, in HTTP/1.1, and no Content-Length")
+        if codings:
             raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
         self.body_left = int(length or 0) if coding is None else math.inf  # answered, by the application, and cut off
-        self.keep_alive = is_modern and "close" not in fields.get("HTTP_CONNECTION", "").lower()
+        self.close_connection = not is_modern or "close" in fields.get("HTTP_CONNECTION", "").lower()
         self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
         for key in {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & fields.keys():
             fields[key.removeprefix("HTTP_")] = fields.pop(key)
@@ -1292,12 +1274,6 @@ class Client(BaseHTTPRequestHandler):
             "QUERY_STRING": target[2], "REMOTE_ADDR": self.client_address[0],
             "SERVER_NAME": self.server.host, "SERVER_PORT": str(self.server.port), **fields,
         }  # fmt: skip
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise HTTPError(code, message or HTTPStatus(code).phrase)
-
-    def handle_expect_100(self) -> bool:
-        return True  # not before the application reads the body
 
     def read(self, size: int) -> bytes:
         """Part of the body, for the application; raises HTTPError 408 if it does not arrive in time."""
@@ -1324,7 +1300,7 @@ class Server(ThreadingMixIn, TCPServer):
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
         self.application, self.is_stopping, self.next_look = application, False, 0.0
-        self.clients, self.connections, self.lock = set[Client](), 0, threading.Lock()
+        self.connections: dict[socket.socket, Client | None] = {}
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (UnicodeError, socket.gaierror):
@@ -1353,39 +1329,40 @@ class Server(ThreadingMixIn, TCPServer):
         patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
         began = time.monotonic()
         while self.connections:
-            for client in self.copy_clients():
+            for client in self.clients():
                 client.deadline = min(client.deadline, began + patience[client.phase])
             self.service_actions()
             time.sleep(0.02)
 
-    def copy_clients(self) -> list[Client]:
-        with self.lock:
-            return list(self.clients)
+    def clients(self) -> list[Client]:
+        return [client for client in self.connections.copy().values() if client]
 
     def service_actions(self) -> None:
         """Shut the sockets of those who are late, ten times a second."""
         if (now := time.monotonic()) >= self.next_look:
             self.next_look = now + 0.1
-            for client in self.copy_clients():
+            for client in self.clients():
                 if client.deadline <= now:
                     client.give_up()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Where there are too many connections, end the one whose time is up next, or refuse this one."""
-        with self.lock:
-            self.connections += 1
-        late = [client for client in self.copy_clients() if client.deadline < math.inf]
-        if self.connections > MAX_CONNECTIONS and late:
-            min(late, key=lambda client: client.deadline).give_up()
-        return self.connections <= MAX_CONNECTIONS or bool(late)
+        self.connections[request] = None
+        if len(self.connections) <= MAX_CONNECTIONS:
+            return True
+        first = min(self.clients(), key=lambda client: client.deadline, default=None)
+        if first is None or first.deadline == math.inf:
+            return False
+        first.give_up()
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self.lock:
-            self.connections -= 1
+        self.connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log_event("error", traceback=traceback.format_exc())
+        if not isinstance(sys.exc_info()[1], OSError):  # the client went away
+            log_event("error", traceback=traceback.format_exc())
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
