@@ -100,17 +100,17 @@ CAN_GROUP = """
 
 # Path, method, the Application's method that answers (also the event in the log), and whose rate limit counts.
 ROUTES = [
-    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "POST", "emergency_stop", "admin"),
-    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "GET", "emergency_stop_status", "admin"),
-    (re.compile(r"/admin/jobs/(.*)/release", re.DOTALL), "POST", "release", "admin"),
-    (re.compile(r"/admin/emergency-stop"), "POST", "emergency_stop_several", "admin"),
-    (re.compile(r"/admin/runaways"), "GET", "runaways", "admin"),
-    (re.compile(r"/admin/timeout-stuck-jobs"), "POST", "timeout_stuck_jobs", "admin"),
-    (re.compile(r"/admin/repair-stuck-jobs"), "POST", "repair_stuck_jobs", "admin"),
-    (re.compile(r"/api/v1/jobs/(.*)", re.DOTALL), "GET", "get_job", "reader"),
-    (re.compile(r"/api/v1/executions"), "GET", "list_executions", "reader"),
-    (re.compile(r"/health/live"), "GET", "health_live", ""),
-    (re.compile(r"/health/ready"), "GET", "health_ready", ""),
+    (r"/admin/jobs/(.*)/emergency-stop", "POST", "emergency_stop", "admin"),
+    (r"/admin/jobs/(.*)/emergency-stop", "GET", "emergency_stop_status", "admin"),
+    (r"/admin/jobs/(.*)/release", "POST", "release", "admin"),
+    (r"/admin/emergency-stop", "POST", "emergency_stop_several", "admin"),
+    (r"/admin/runaways", "GET", "runaways", "admin"),
+    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs", "admin"),
+    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs", "admin"),
+    (r"/api/v1/jobs/(.*)", "GET", "get_job", "reader"),
+    (r"/api/v1/executions", "GET", "list_executions", "reader"),
+    (r"/health/live", "GET", "health_live", ""),
+    (r"/health/ready", "GET", "health_ready", ""),
 ]
 
 MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
@@ -306,14 +306,6 @@ class Request:
         tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
         return sent_path if tidy == sent_tidy else path
 
-    def read_id(self, text: str) -> str:
-        """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
-        try:
-            job_id = self.noted["job_id"] = checked_id(text.encode("latin-1").decode("utf-8"))
-            return job_id
-        except UnicodeError:
-            raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
-
     def read_query(self, *names: str) -> dict[str, str]:
         """Those of the named parameters that the query has; others are ignored."""
         # Bytes that were not percent-encoded arrive as Latin-1 characters.
@@ -383,6 +375,14 @@ def read_address(text: str) -> str | None:
     if isinstance(address, ipaddress.IPv6Address):
         return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
     return str(address)
+
+
+def read_id(text: str) -> str:
+    """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
+    try:
+        return checked_id(text.encode("latin-1").decode("utf-8"))
+    except UnicodeError:
+        raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
 
 
 def checked_id(text: str) -> str:
@@ -565,12 +565,10 @@ LOGGER.propagate = False
 
 def log_event(event: str, **fields: Any) -> None:
     """Log one JSON object of bounded length: of a traceback the end is kept, of other text the beginning."""
-    fields = {name: value[:1_000] if isinstance(value, str) and name != "traceback" else value
-              for name, value in fields.items()}  # fmt: skip
-    LOGGER.info(
-        event,
-        extra={"fields": fields | {"traceback": fields["traceback"][-8_000:]} if "traceback" in fields else fields},
-    )
+    for name, value in fields.items():
+        if isinstance(value, str):
+            fields[name] = value[-8_000:] if name == "traceback" else value[:1_000]
+    LOGGER.info(event, extra={"fields": fields})
 
 
 # --- Rate limits ------------------------------------------------------------------------------------------------------
@@ -893,7 +891,7 @@ class Application:
             self.admit(request)
         elif limit == "reader":
             self.reads.take(request.client)
-        response: Response = getattr(self, name)(request, *arguments)
+        response: Response = getattr(self, name)(request, *map(read_id, arguments))
         return response
 
     def admit(self, request: Request) -> None:
@@ -911,7 +909,6 @@ class Application:
 
     def emergency_stop(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
-        job_id = request.read_id(job_id)
         body = request.read_body("reason", "force", "actor", "dry_run")
         request.has_values = dry_run = bool(body["dry_run"])
         answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, request, bool(body["force"]))
@@ -945,7 +942,7 @@ class Application:
 
     def emergency_stop_status(self, request: Request, job_id: str) -> Response:
         """GET /admin/jobs/{id}/emergency-stop: emergency_stop_status' answer as it is."""
-        return self.tell(request, self.ask(STATUS, request.read_id(job_id)))
+        return self.tell(request, self.ask(STATUS, job_id))
 
     def tell(self, request: Request, answer: str, **noted: Any) -> Response:
         response = answer_of(answer)
@@ -954,7 +951,7 @@ class Application:
 
     def release(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/release: release_job's answer as it is, once it is committed."""
-        job_id, body = request.read_id(job_id), request.read_body("reason", "status", "actor")
+        body = request.read_body("reason", "status", "actor")
         status = checked_text("status", body.get("status"), MAX_STATUS)
         if missing := [name for name in ("reason", "status") if not body.get(name)]:
             raise bad(f"{missing[0]} is missing: expected text that is not empty")
@@ -1019,7 +1016,7 @@ class Application:
 
     def get_job(self, request: Request, job_id: str) -> Response:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
-        return answer_of(self.database.call(self.database.read, GET_JOB, request.read_id(job_id))[0][0])
+        return answer_of(self.database.call(self.database.read, GET_JOB, job_id)[0][0])
 
     def list_executions(self, request: Request) -> Response:
         """GET /api/v1/executions?job_id=ID: list_executions' rows, read page by page as the caller takes them.
@@ -1069,7 +1066,7 @@ class Application:
 def find_route(method: str, path: str) -> tuple[str, str, tuple[str, ...]]:
     allowed: list[str] = []
     for pattern, allows, name, limit in ROUTES:
-        if match := pattern.fullmatch(path):
+        if match := re.fullmatch(pattern, path, re.DOTALL):
             if method == allows or (method, allows) == ("HEAD", "GET"):
                 return name, limit, match.groups()
             allowed += ["GET", "HEAD"] if allows == "GET" else [allows]
@@ -1481,10 +1478,10 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
         with psycopg.connect(url) as connection:
             connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (job_id,))
             connection.execute(
-                "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
-                " SELECT %s, CASE WHEN n <= 10 THEN 'completed' WHEN n <= 20 THEN 'pending' WHEN n <= 36 THEN 'running'"
-                " ELSE 'processing' END, CASE WHEN n <= 10 OR n > 20 THEN now() END, CASE WHEN n <= 10 THEN now() END,"
-                " CASE WHEN n <= 10 THEN '{\"ok\": true}'::jsonb END FROM generate_series(1, 52) AS n",
+                "INSERT INTO executions (job_id, status, started_at, completed_at)"
+                " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END,"
+                " CASE WHEN status = 'completed' THEN now() END FROM (VALUES ('completed', 10), ('pending', 10),"
+                " ('running', 16), ('processing', 6)) AS made (status, number), generate_series(1, number)",
                 (job_id,),
             )
         if noted:
@@ -1516,6 +1513,7 @@ def main(arguments: list[str] | None = None) -> int:
     serving = commands.add_parser("serve", help="answer HTTP, configured by the environment")
     serving.add_argument("--host", help="address to listen on, :: for all (HOST, 127.0.0.1)")
     serving.add_argument("--port", help="port to listen on, 0 for any (PORT, 8080)")
+    serving.set_defaults(host=os.environ.get("HOST") or "127.0.0.1", port=os.environ.get("PORT", "8080"))
     serving.add_argument("--demo", action="store_true", help="on a private PostgreSQL, with a runaway job to stop")
     commands.add_parser("init-db", help="install sql/ into DATABASE_URL and say what was done")
     options = parser.parse_args(arguments)
@@ -1523,13 +1521,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "init-db":
             init_db(read_url(os.environ, "DATABASE_URL"))
             return 0
-        environment = {**os.environ, **({} if options.port is None else {"PORT": options.port})}
-        host = options.host or environment.get("HOST") or "127.0.0.1"
-        port = read_number(environment, "PORT", 8080, 0, 65_535)
+        host, port = options.host, read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
         if options.demo:
-            demo(environment, host, port)
+            demo(os.environ, host, port)
         else:
-            serve(environment, host, port, lambda server: log_event("serving", url=server.url))
+            serve(os.environ, host, port, lambda server: log_event("serving", url=server.url))
         return 0
     except ConfigurationError as error:
         problem = str(error)
@@ -1537,9 +1533,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
         problem = f"the database refused: {error.diag.message_primary or error}{hint}"
     except OSError as error:
-        problem = (
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}; --host and --port choose another"
-        )
+        reason = os.strerror(error.errno or 0)
+        problem = f"cannot listen on {host} port {port}: {reason}; --host and --port choose another"
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 
