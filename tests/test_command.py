@@ -122,7 +122,7 @@ def test_settings_as_they_are_meant():
     settings = beacon_stop.Settings.from_environment(
         {**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"}
     )
-    assert (settings.lock_timeout, settings.statement_timeout) == (1, 2)
+    assert (settings.lock_timeout, settings.statement_timeout) == (0.8, 2)
 
     settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
     assert (settings.database_url, settings.read_database_url) == (GOOD["DATABASE_URL"], "postgresql:///standby")
