@@ -50,10 +50,12 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from http import HTTPStatus
 from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
+from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Empty, Full, Queue, SimpleQueue
@@ -975,17 +977,16 @@ class Application:
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
         """
-        answers, rest, wait, patience = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
-        deadline = time.monotonic() + patience
-        while True:
+        answers, rest, wait, left = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
+        deadline = time.monotonic() + left
+        while rest and left > 0:
             left = deadline - time.monotonic()
-            ends, wait_for_each = force and left <= 0, max(0.001, min(wait, left / len(rest)))
-            parameters = (rest, request.noted["reason"], request.caller(), ends, wait_for_each)
+            wait_for_each = max(0.001, min(wait, left / len(rest)))
+            parameters = (rest, request.noted["reason"], request.caller(), force and left <= 0, wait_for_each)
             answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
-            if not rest or ends or (time.monotonic() >= deadline and not force):
-                return answers
             wait *= 2
+        return answers
 
     def runaways(self, request: Request) -> Response:
         """GET /admin/runaways?minutes=5&max_jobs=20: runaway_jobs' answer as it is."""
@@ -1033,18 +1034,15 @@ class Application:
         request.has_values = True
         pages = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
         first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
-        return Response(HTTPStatus.OK, render_executions(first, pages) if request.method != "HEAD" else iter(()))
+        return Response(HTTPStatus.OK, chain([first], pages) if request.method != "HEAD" else iter(()))
 
-    def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[list[str]]:
-        """The JSON of the executions, a list of them a page; at least one page, which may be empty."""
-        while True:
-            parameters = (job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)
-            rows = self.database.call(self.database.read, LIST_EXECUTIONS, *parameters)
-            yield [execution for _, execution in rows]
-            limit -= len(rows)
-            if not rows or not limit:
-                return
-            after = rows[-1][0]
+    def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[bytes]:
+        """The body of a listing, a page of the database's at a time."""
+        before, ask = '{"executions": [', partial(self.database.call, self.database.read, LIST_EXECUTIONS)
+        while limit and (rows := ask(job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
+            yield (before + ", ".join(execution for _, execution in rows)).encode()
+            before, after, limit = ", ", rows[-1][0], limit - len(rows)
+        yield b"]}\n" if before == ", " else b'{"executions": []}\n'
 
     def health_live(self, request: Request) -> Response:
         """GET /health/live: this process answers; says nothing of the database."""
@@ -1080,14 +1078,6 @@ def outcome_of(summary: Mapping[str, Any]) -> str:
     if "error" in summary:
         return {"job not found": "not_found", "job is locked": "locked"}[summary["error"]]
     return {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
-
-
-def render_executions(first: list[str], pages: Iterator[list[str]]) -> Iterator[bytes]:
-    yield ('{"executions": [' + ", ".join(first)).encode()
-    for page in pages:
-        if page:
-            yield (", " + ", ".join(page)).encode()
-    yield b"]}\n"
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
