@@ -299,10 +299,8 @@ class Request:
         """
         path: str = self.environ.get("PATH_INFO", "")
         target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL).encode(
-            "latin-1", "replace"
-        )
-        sent_path = unquote_to_bytes(sent).decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        sent = unquote_to_bytes(re.sub("(?is)[?].*|^https?://[^/?]*", "", target).encode("latin-1", "replace"))
+        sent_path = sent.decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
         if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
             return path
         tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
@@ -322,7 +320,10 @@ class Request:
         return {name: query[name][0] for name in names if name in query}
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        return checked_number(name, self.read_query(name).get(name, str(default)), high)
+        text = self.read_query(name).get(name, str(default))
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
+            raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
+        return int(text)
 
     def read_body(self, *known: str, limit: int = MAX_BODY) -> dict[str, Any]:
         """The JSON object in the body, {} where there is none; raises HTTPError 400 for a key that is not known."""
@@ -347,15 +348,12 @@ class Request:
         length = self.environ.get("CONTENT_LENGTH") or "0"
         if not re.fullmatch(r"[0-9]{1,20}", length):
             raise bad("Content-Length cannot be read: expected a whole number")
-        expected, data = min(int(length), limit + 1), b""
-        if self.environ.get("wsgi.input_terminated"):  # the server ends the stream, whatever the headers say
-            expected = limit + 1
-        elif "HTTP_TRANSFER_ENCODING" in self.environ:
+        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
+        if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
             raise HTTPError(411, "body has no length: expected a Content-Length")
-        while int(length) <= limit and len(data) < expected:
-            if not (part := self.environ["wsgi.input"].read(expected - len(data))):
-                break
-            data += part
+        data, left = b"", limit + 1 if is_terminated else int(length)
+        while int(length) <= limit and left and (part := self.environ["wsgi.input"].read(left)):
+            data, left = data + part, left - len(part)
         if max(len(data), int(length)) > limit:
             raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
         if len(data) < int(length):
@@ -404,12 +402,6 @@ def checked_text(name: str, value: Any, high: int) -> str | None:
     if value is not None and (not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value)):
         raise bad(f"{name} cannot be used: expected text of at most {high} characters, none of them NUL")
     return value
-
-
-def checked_number(name: str, text: str, high: int) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
-        raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
-    return int(text)
 
 
 def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -1024,13 +1016,13 @@ class Application:
 
         No database connection is held while the caller reads: a slow one, or one that went away, costs none.
         """
-        query = request.read_query("job_id", "status", "after", "limit")
+        query = request.read_query("job_id", "status", "after")
         if "job_id" not in query:
             raise bad("job_id is missing: expected ?job_id=ID")
         for name in ("status", "after"):
             if not checked_text(name, query.get(name, "x"), MAX_STATUS):
                 raise bad(f"{name} cannot be used: expected text that is not empty")
-        limit = checked_number("limit", query.get("limit", str(MAX_BIGINT)), MAX_BIGINT)
+        limit = request.read_number("limit", MAX_BIGINT, MAX_BIGINT)
         request.has_values = True
         pages = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
         first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
@@ -1106,7 +1098,8 @@ application = create_app()
 
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # Stricter than the parser behind it: nothing that two parties could read in two ways.
-HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n" % (NAME, NAME))
+LINES = rb"(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n){0,99}" % NAME  # http.client takes no more
+HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n%b\r\n" % (NAME, LINES))
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
 TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
@@ -1227,18 +1220,15 @@ class Client(BaseHTTPRequestHandler):
         if not (match := HEAD.fullmatch(head)):
             if self.is_late:
                 raise HTTPError(408, "request did not arrive in time")
-            raise bad(
-                "request cannot be read: expected METHOD /path HTTP/1.1 and lines such as Name: value, with CR LF"
-            )
+            raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
         if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
             raise bad("request target cannot be read: expected a path that begins with /")
         lines = BytesIO(head)
         self.command, _, self.request_version = lines.readline().decode("latin-1").split()
-        fields: dict[str, str] = {}
-        for name, value in parse_headers(lines).items():
-            if "_" not in name:  # in the environ it could pass for the one with a dash
-                key, value = f"HTTP_{name.upper().replace('-', '_')}", value.strip(" \t")
-                fields[key] = f"{fields[key]}, {value}" if key in fields else value
+        headers = parse_headers(lines)
+        # One with an underscore could pass for the one with a dash in the environ.
+        fields = {f"HTTP_{name.upper().replace('-', '_')}": ", ".join(headers.get_all(name, ())).strip(" \t")
+                  for name in headers if "_" not in name}  # fmt: skip
         is_modern = self.request_version == "HTTP/1.1"
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
@@ -1471,7 +1461,7 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
                 "INSERT INTO executions (job_id, status, started_at, completed_at)"
                 " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END,"
                 " CASE WHEN status = 'completed' THEN now() END FROM (VALUES ('completed', 10), ('pending', 10),"
-                " ('running', 16), ('processing', 6)) AS made (status, number), generate_series(1, number)",
+                " ('running', 16), ('processing', 16)) AS made (status, number), generate_series(1, number)",
                 (job_id,),
             )
         if noted:
