@@ -50,9 +50,12 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from http import HTTPStatus
+from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
+from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Empty, Full, Queue, SimpleQueue
@@ -99,17 +102,17 @@ CAN_GROUP = """
 
 # Path, method, the Application's method that answers (also the event in the log), and whose rate limit counts.
 ROUTES = [
-    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "POST", "emergency_stop", "admin"),
-    (re.compile(r"/admin/jobs/(.*)/emergency-stop", re.DOTALL), "GET", "emergency_stop_status", "admin"),
-    (re.compile(r"/admin/jobs/(.*)/release", re.DOTALL), "POST", "release", "admin"),
-    (re.compile(r"/admin/emergency-stop"), "POST", "emergency_stop_several", "admin"),
-    (re.compile(r"/admin/runaways"), "GET", "runaways", "admin"),
-    (re.compile(r"/admin/timeout-stuck-jobs"), "POST", "timeout_stuck_jobs", "admin"),
-    (re.compile(r"/admin/repair-stuck-jobs"), "POST", "repair_stuck_jobs", "admin"),
-    (re.compile(r"/api/v1/jobs/(.*)", re.DOTALL), "GET", "get_job", "reader"),
-    (re.compile(r"/api/v1/executions"), "GET", "list_executions", "reader"),
-    (re.compile(r"/health/live"), "GET", "health_live", ""),
-    (re.compile(r"/health/ready"), "GET", "health_ready", ""),
+    (r"/admin/jobs/(.*)/emergency-stop", "POST", "emergency_stop", "admin"),
+    (r"/admin/jobs/(.*)/emergency-stop", "GET", "emergency_stop_status", "admin"),
+    (r"/admin/jobs/(.*)/release", "POST", "release", "admin"),
+    (r"/admin/emergency-stop", "POST", "emergency_stop_several", "admin"),
+    (r"/admin/runaways", "GET", "runaways", "admin"),
+    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs", "admin"),
+    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs", "admin"),
+    (r"/api/v1/jobs/(.*)", "GET", "get_job", "reader"),
+    (r"/api/v1/executions", "GET", "list_executions", "reader"),
+    (r"/health/live", "GET", "health_live", ""),
+    (r"/health/ready", "GET", "health_ready", ""),
 ]
 
 MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
@@ -298,22 +301,12 @@ class Request:
         """
         path: str = self.environ.get("PATH_INFO", "")
         target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = re.sub(r"\?.*|^https?://[^/?]*", "", target, flags=re.IGNORECASE | re.DOTALL).encode(
-            "latin-1", "replace"
-        )
-        sent_path = unquote_to_bytes(sent).decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        sent = unquote_to_bytes(re.sub("(?is)[?].*|^https?://[^/?]*", "", target).encode("latin-1", "replace"))
+        sent_path = sent.decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
         if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
             return path
         tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
         return sent_path if tidy == sent_tidy else path
-
-    def read_id(self, text: str) -> str:
-        """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
-        try:
-            job_id = self.noted["job_id"] = checked_id(text.encode("latin-1").decode("utf-8"))
-            return job_id
-        except UnicodeError:
-            raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
 
     def read_query(self, *names: str) -> dict[str, str]:
         """Those of the named parameters that the query has; others are ignored."""
@@ -329,7 +322,10 @@ class Request:
         return {name: query[name][0] for name in names if name in query}
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        return checked_number(name, self.read_query(name).get(name, str(default)), high)
+        text = self.read_query(name).get(name, str(default))
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
+            raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
+        return int(text)
 
     def read_body(self, *known: str, limit: int = MAX_BODY) -> dict[str, Any]:
         """The JSON object in the body, {} where there is none; raises HTTPError 400 for a key that is not known."""
@@ -354,15 +350,12 @@ class Request:
         length = self.environ.get("CONTENT_LENGTH") or "0"
         if not re.fullmatch(r"[0-9]{1,20}", length):
             raise bad("Content-Length cannot be read: expected a whole number")
-        expected, data = min(int(length), limit + 1), b""
-        if self.environ.get("wsgi.input_terminated"):  # the server ends the stream, whatever the headers say
-            expected = limit + 1
-        elif "HTTP_TRANSFER_ENCODING" in self.environ:
+        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
+        if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
             raise HTTPError(411, "body has no length: expected a Content-Length")
-        while int(length) <= limit and len(data) < expected:
-            if not (part := self.environ["wsgi.input"].read(expected - len(data))):
-                break
-            data += part
+        data, left = b"", limit + 1 if is_terminated else int(length)
+        while int(length) <= limit and left and (part := self.environ["wsgi.input"].read(left)):
+            data, left = data + part, left - len(part)
         if max(len(data), int(length)) > limit:
             raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
         if len(data) < int(length):
@@ -386,6 +379,14 @@ def read_address(text: str) -> str | None:
     return str(address)
 
 
+def read_id(text: str) -> str:
+    """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
+    try:
+        return checked_id(text.encode("latin-1").decode("utf-8"))
+    except UnicodeError:
+        raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
+
+
 def checked_id(text: str) -> str:
     if not 1 <= len(text) <= MAX_ID or re.search("[\0\ud800-\udfff]", text):
         raise bad(f"job id cannot be used: expected 1 to {MAX_ID} characters, none of them NUL")
@@ -403,12 +404,6 @@ def checked_text(name: str, value: Any, high: int) -> str | None:
     if value is not None and (not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value)):
         raise bad(f"{name} cannot be used: expected text of at most {high} characters, none of them NUL")
     return value
-
-
-def checked_number(name: str, text: str, high: int) -> int:
-    if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
-        raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
-    return int(text)
 
 
 def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -455,7 +450,12 @@ def explain(error: Exception, request: Request) -> HTTPError:
         if isinstance(error, errors.InvalidParameterValue) and request.has_values:
             return bad(error.diag.message_primary or "a value cannot be used")
         if isinstance(error, errors.LockNotAvailable) and (held := read_holders(error)):
-            return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint(held, request.event, request.has_values))
+            return unavailable(
+                "job is locked",
+                job_id=request.noted["job_id"],
+                **held,
+                hint=hint(held, request.event, request.has_values),
+            )
         if request.is_admin:
             told = {"message": error.diag.message_primary or str(error), "sqlstate": error.sqlstate}
         if isinstance(error, errors.LockNotAvailable) and request.event != "emergency_stop":
@@ -566,12 +566,10 @@ LOGGER.propagate = False
 
 def log_event(event: str, **fields: Any) -> None:
     """Log one JSON object of bounded length: of a traceback the end is kept, of other text the beginning."""
-    fields = {name: value[:1_000] if isinstance(value, str) and name != "traceback" else value
-              for name, value in fields.items()}  # fmt: skip
-    LOGGER.info(
-        event,
-        extra={"fields": fields | {"traceback": fields["traceback"][-8_000:]} if "traceback" in fields else fields},
-    )
+    for name, value in fields.items():
+        if isinstance(value, str):
+            fields[name] = value[-8_000:] if name == "traceback" else value[:1_000]
+    LOGGER.info(event, extra={"fields": fields})
 
 
 # --- Rate limits ------------------------------------------------------------------------------------------------------
@@ -896,7 +894,7 @@ class Application:
             self.admit(request)
         elif limit == "reader":
             self.reads.take(request.client)
-        response: Response = getattr(self, name)(request, *arguments)
+        response: Response = getattr(self, name)(request, *map(read_id, arguments))
         return response
 
     def admit(self, request: Request) -> None:
@@ -914,7 +912,6 @@ class Application:
 
     def emergency_stop(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
-        job_id = request.read_id(job_id)
         body = request.read_body("reason", "force", "actor", "dry_run")
         request.has_values = dry_run = bool(body["dry_run"])
         answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, request, bool(body["force"]))
@@ -949,7 +946,7 @@ class Application:
 
     def emergency_stop_status(self, request: Request, job_id: str) -> Response:
         """GET /admin/jobs/{id}/emergency-stop: emergency_stop_status' answer as it is."""
-        return self.tell(request, self.ask(STATUS, request.read_id(job_id)))
+        return self.tell(request, self.ask(STATUS, job_id))
 
     def tell(self, request: Request, answer: str, **noted: Any) -> Response:
         response = answer_of(answer)
@@ -958,7 +955,7 @@ class Application:
 
     def release(self, request: Request, job_id: str) -> Response:
         """POST /admin/jobs/{id}/release: release_job's answer as it is, once it is committed."""
-        job_id, body = request.read_id(job_id), request.read_body("reason", "status", "actor")
+        body = request.read_body("reason", "status", "actor")
         status = checked_text("status", body.get("status"), MAX_STATUS)
         if missing := [name for name in ("reason", "status") if not body.get(name)]:
             raise bad(f"{missing[0]} is missing: expected text that is not empty")
@@ -975,7 +972,9 @@ class Application:
         counts = {kind: kinds.count(kind) for kind in ("stopped", "already_terminal", "not_found", "locked")}
         if "failed" in kinds:  # the database refuses it: a trigger or a constraint of the application's
             counts["failed"] = kinds.count("failed")
-        sums = {key: sum(summary.get(key, 0) for summary in summaries) for key in ("executions_stopped", "sessions_ended")}
+        sums = {
+            key: sum(summary.get(key, 0) for summary in summaries) for key in ("executions_stopped", "sessions_ended")
+        }
         text = f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
         return self.tell(request, text, job_ids=ids, **sums, **counts)
 
@@ -984,12 +983,12 @@ class Application:
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
         """
-        answers, rest, wait, patience = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
-        deadline = time.monotonic() + patience
-        while True:
+        answers, rest, wait, left = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
+        deadline = time.monotonic() + left
+        while rest and left > 0:
             left = deadline - time.monotonic()
-            ends, wait_for_each = force and left <= 0, max(0.001, min(wait, left / len(rest)))
-            parameters = (rest, request.noted["reason"], request.caller(), ends, wait_for_each)
+            wait_for_each = max(0.001, min(wait, left / len(rest)))
+            parameters = (rest, request.noted["reason"], request.caller(), force and left <= 0, wait_for_each)
             try:
                 answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
             except psycopg.Error as error:
@@ -1000,9 +999,8 @@ class Application:
                     return answers | {job_id: self.stop_all([job_id], request, force)[job_id] for job_id in rest}
                 answers[rest[0]] = json.dumps({"error": refused.error, "job_id": rest[0], **refused.details})
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
-            if not rest or ends or (time.monotonic() >= deadline and not force):
-                return answers
             wait *= 2
+        return answers
 
     def runaways(self, request: Request) -> Response:
         """GET /admin/runaways?minutes=5&max_jobs=20: runaway_jobs' answer as it is."""
@@ -1033,35 +1031,32 @@ class Application:
 
     def get_job(self, request: Request, job_id: str) -> Response:
         """GET /api/v1/jobs/{id}: get_job's answer as it is."""
-        return answer_of(self.database.call(self.database.read, GET_JOB, request.read_id(job_id))[0][0])
+        return answer_of(self.database.call(self.database.read, GET_JOB, job_id)[0][0])
 
     def list_executions(self, request: Request) -> Response:
         """GET /api/v1/executions?job_id=ID: list_executions' rows, read page by page as the caller takes them.
 
         No database connection is held while the caller reads: a slow one, or one that went away, costs none.
         """
-        query = request.read_query("job_id", "status", "after", "limit")
+        query = request.read_query("job_id", "status", "after")
         if "job_id" not in query:
             raise bad("job_id is missing: expected ?job_id=ID")
         for name in ("status", "after"):
             if not checked_text(name, query.get(name, "x"), MAX_STATUS):
                 raise bad(f"{name} cannot be used: expected text that is not empty")
-        limit = checked_number("limit", query.get("limit", str(MAX_BIGINT)), MAX_BIGINT)
+        limit = request.read_number("limit", MAX_BIGINT, MAX_BIGINT)
         request.has_values = True
         pages = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
         first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
-        return Response(HTTPStatus.OK, render_executions(first, pages) if request.method != "HEAD" else iter(()))
+        return Response(HTTPStatus.OK, chain([first], pages) if request.method != "HEAD" else iter(()))
 
-    def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[list[str]]:
-        """The JSON of the executions, a list of them a page; at least one page, which may be empty."""
-        while True:
-            parameters = (job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)
-            rows = self.database.call(self.database.read, LIST_EXECUTIONS, *parameters)
-            yield [execution for _, execution in rows]
-            limit -= len(rows)
-            if not rows or not limit:
-                return
-            after = rows[-1][0]
+    def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[bytes]:
+        """The body of a listing, a page of the database's at a time."""
+        before, ask = '{"executions": [', partial(self.database.call, self.database.read, LIST_EXECUTIONS)
+        while limit and (rows := ask(job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
+            yield (before + ", ".join(execution for _, execution in rows)).encode()
+            before, after, limit = ", ", rows[-1][0], limit - len(rows)
+        yield b"]}\n" if before == ", " else b'{"executions": []}\n'
 
     def health_live(self, request: Request) -> Response:
         """GET /health/live: this process answers; says nothing of the database."""
@@ -1083,7 +1078,7 @@ class Application:
 def find_route(method: str, path: str) -> tuple[str, str, tuple[str, ...]]:
     allowed: list[str] = []
     for pattern, allows, name, limit in ROUTES:
-        if match := pattern.fullmatch(path):
+        if match := re.fullmatch(pattern, path, re.DOTALL):
             if method == allows or (method, allows) == ("HEAD", "GET"):
                 return name, limit, match.groups()
             allowed += ["GET", "HEAD"] if allows == "GET" else [allows]
@@ -1097,14 +1092,6 @@ def outcome_of(summary: Mapping[str, Any]) -> str:
     if "error" in summary:
         return {"job not found": "not_found", "job is locked": "locked"}.get(summary["error"], "failed")
     return {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
-
-
-def render_executions(first: list[str], pages: Iterator[list[str]]) -> Iterator[bytes]:
-    yield ('{"executions": [' + ", ".join(first)).encode()
-    for page in pages:
-        if page:
-            yield (", " + ", ".join(page)).encode()
-    yield b"]}\n"
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
@@ -1133,7 +1120,8 @@ application = create_app()
 
 NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # Stricter than the parser behind it: nothing that two parties could read in two ways.
-HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n" % (NAME, NAME))
+LINES = rb"(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n){0,99}" % NAME  # http.client takes no more
+HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n%b\r\n" % (NAME, LINES))
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
 TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
 READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
@@ -1160,15 +1148,12 @@ class Answer(SimpleHandler):
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
+        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
         # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
         if "Content-Length" not in self.headers or self.client.body_left or self.client.server.is_stopping:
-            self.client.keep_alive = False
-        if not self.client.keep_alive:
+            self.client.close_connection = True
+        if self.client.close_connection:
             self.headers["Connection"] = "close"
-
-    def finish_response(self) -> None:
-        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
-        super().finish_response()
 
     def finish_content(self) -> None:
         if not self.headers_sent:
@@ -1177,12 +1162,12 @@ class Answer(SimpleHandler):
         self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
         self.client.connection.setblocking(True)
         self.stdout.flush()
-        self.client.close_connection = not self.client.keep_alive
 
     def _flush(self) -> None:
         """Leave it to the buffer and to finish_content."""
 
     def log_exception(self, exc_info: Any) -> None:
+        self.client.close_connection = True
         if not issubclass(exc_info[0], OSError):  # the client went away
             log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
 
@@ -1200,7 +1185,7 @@ class Client(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    keep_alive = is_late = is_pipelined = expects_continue = False
+    is_late = is_pipelined = expects_continue = False
     body_left: float = 0  # bytes
 
     def expect(self, phase: str, seconds: float) -> None:
@@ -1214,24 +1199,11 @@ class Client(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.expect("waiting", READ_TIMEOUT)
-        with self.server.lock:
-            self.server.clients.add(self)
-        with suppress(OSError):  # the client went away
-            self.handle_one_request()
-            while not self.close_connection:
-                self.expect("waiting", IDLE_TIMEOUT)
-                if self.is_pipelined:
-                    time.sleep(PIPELINE_PAUSE)
-                self.handle_one_request()
-
-    def finish(self) -> None:
-        with suppress(OSError):
-            super().finish()
-        with self.server.lock:
-            self.server.clients.discard(self)
+        self.server.connections[self.connection] = self
+        super().handle()
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.keep_alive, self.body_left, head = True, False, 0, bytearray()
+        self.close_connection, self.body_left, head = True, 0, bytearray()
         while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
             if not head:
                 self.expect("reading", READ_TIMEOUT)
@@ -1252,13 +1224,16 @@ class Client(BaseHTTPRequestHandler):
             environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
                        "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
             application = lambda environ, start: respond(Request(environ), response, start)  # noqa: E731
-            self.keep_alive, self.body_left = False, math.inf
+            self.close_connection, self.body_left = True, math.inf
         Answer(self, environ).run(application)
         if self.body_left:  # closing on unread bytes could destroy the answer
             self.connection.shutdown(socket.SHUT_WR)
             self.expect("reading", LINGER_TIMEOUT)
             while self.rfile.read1(65_536):
                 pass
+        self.expect("waiting", IDLE_TIMEOUT)
+        if self.is_pipelined:
+            time.sleep(PIPELINE_PAUSE)
 
     def read_environ(self, head: bytes) -> dict[str, Any]:
         """The WSGI environ of a request; raises HTTPError for one that cannot be read in just one way."""
@@ -1267,37 +1242,28 @@ class Client(BaseHTTPRequestHandler):
         if not (match := HEAD.fullmatch(head)):
             if self.is_late:
                 raise HTTPError(408, "request did not arrive in time")
-            raise bad(
-                "request cannot be read: expected METHOD /path HTTP/1.1 and lines of the form Name: value, with CR LF"
-            )
+            raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
         if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
             raise bad("request target cannot be read: expected a path that begins with /")
-        self.raw_requestline, _, rest = head.partition(b"\r\n")
-        stream, self.rfile = self.rfile, cast(Any, BytesIO(rest))
-        try:
-            self.parse_request()
-        finally:
-            self.rfile, self.close_connection = stream, True
-        fields: dict[str, str] = {}
-        for name, value in self.headers.items():
-            if "_" not in name:  # in the environ it could pass for the one with a dash
-                key, value = f"HTTP_{name.upper().replace('-', '_')}", value.strip(" \t")
-                fields[key] = f"{fields[key]}, {value}" if key in fields else value
+        lines = BytesIO(head)
+        self.command, _, self.request_version = lines.readline().decode("latin-1").split()
+        headers = parse_headers(lines)
+        # One with an underscore could pass for the one with a dash in the environ.
+        fields = {f"HTTP_{name.upper().replace('-', '_')}": ", ".join(headers.get_all(name, ())).strip(" \t")
+                  for name in headers if "_" not in name}  # fmt: skip
         is_modern = self.request_version == "HTTP/1.1"
         if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
         length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
-        codings = [each.strip().lower() for each in ("chunked" if coding is None else coding).split(",")]
+        *codings, last_coding = [each.strip().lower() for each in (coding or "").split(",")]
         if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
             raise bad("Content-Length cannot be read: expected one whole number")
-        if coding is not None and (length or not is_modern or codings[-1] != "chunked" or "chunked" in codings[:-1]):
-            raise bad(
-                "Transfer-Encoding cannot be used: expected chunked at its end, in HTTP/1.1, and no Content-Length"
-            )
-        if codings != ["chunked"]:
+        if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
+            raise bad("Transfer-Encoding cannot be used: expected chunked last, in HTTP/1.1, and no Content-Length")
+        if codings:
             raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
         self.body_left = int(length or 0) if coding is None else math.inf  # answered, by the application, and cut off
-        self.keep_alive = is_modern and "close" not in fields.get("HTTP_CONNECTION", "").lower()
+        self.close_connection = not is_modern or "close" in fields.get("HTTP_CONNECTION", "").lower()
         self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
         for key in {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & fields.keys():
             fields[key.removeprefix("HTTP_")] = fields.pop(key)
@@ -1307,12 +1273,6 @@ class Client(BaseHTTPRequestHandler):
             "QUERY_STRING": target[2], "REMOTE_ADDR": self.client_address[0],
             "SERVER_NAME": self.server.host, "SERVER_PORT": str(self.server.port), **fields,
         }  # fmt: skip
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        raise HTTPError(code, message or HTTPStatus(code).phrase)
-
-    def handle_expect_100(self) -> bool:
-        return True  # not before the application reads the body
 
     def read(self, size: int) -> bytes:
         """Part of the body, for the application; raises HTTPError 408 if it does not arrive in time."""
@@ -1339,7 +1299,7 @@ class Server(ThreadingMixIn, TCPServer):
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
         self.application, self.is_stopping, self.next_look = application, False, 0.0
-        self.clients, self.connections, self.lock = set[Client](), 0, threading.Lock()
+        self.connections: dict[socket.socket, Client | None] = {}
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (UnicodeError, socket.gaierror):
@@ -1368,39 +1328,40 @@ class Server(ThreadingMixIn, TCPServer):
         patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
         began = time.monotonic()
         while self.connections:
-            for client in self.copy_clients():
+            for client in self.clients():
                 client.deadline = min(client.deadline, began + patience[client.phase])
             self.service_actions()
             time.sleep(0.02)
 
-    def copy_clients(self) -> list[Client]:
-        with self.lock:
-            return list(self.clients)
+    def clients(self) -> list[Client]:
+        return [client for client in self.connections.copy().values() if client]
 
     def service_actions(self) -> None:
         """Shut the sockets of those who are late, ten times a second."""
         if (now := time.monotonic()) >= self.next_look:
             self.next_look = now + 0.1
-            for client in self.copy_clients():
+            for client in self.clients():
                 if client.deadline <= now:
                     client.give_up()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Where there are too many connections, end the one whose time is up next, or refuse this one."""
-        with self.lock:
-            self.connections += 1
-        late = [client for client in self.copy_clients() if client.deadline < math.inf]
-        if self.connections > MAX_CONNECTIONS and late:
-            min(late, key=lambda client: client.deadline).give_up()
-        return self.connections <= MAX_CONNECTIONS or bool(late)
+        self.connections[request] = None
+        if len(self.connections) <= MAX_CONNECTIONS:
+            return True
+        first = min(self.clients(), key=lambda client: client.deadline, default=None)
+        if first is None or first.deadline == math.inf:
+            return False
+        first.give_up()
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self.lock:
-            self.connections -= 1
+        self.connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log_event("error", traceback=traceback.format_exc())
+        if not isinstance(sys.exc_info()[1], OSError):  # the client went away
+            log_event("error", traceback=traceback.format_exc())
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -1519,10 +1480,10 @@ def demo(environment: Mapping[str, str], host: str, port: int) -> None:
         with psycopg.connect(url) as connection:
             connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (job_id,))
             connection.execute(
-                "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
-                " SELECT %s, CASE WHEN n <= 10 THEN 'completed' WHEN n <= 20 THEN 'pending' WHEN n <= 36 THEN 'running'"
-                " ELSE 'processing' END, CASE WHEN n <= 10 OR n > 20 THEN now() END, CASE WHEN n <= 10 THEN now() END,"
-                " CASE WHEN n <= 10 THEN '{\"ok\": true}'::jsonb END FROM generate_series(1, 52) AS n",
+                "INSERT INTO executions (job_id, status, started_at, completed_at)"
+                " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END,"
+                " CASE WHEN status = 'completed' THEN now() END FROM (VALUES ('completed', 10), ('pending', 10),"
+                " ('running', 16), ('processing', 16)) AS made (status, number), generate_series(1, number)",
                 (job_id,),
             )
         if noted:
@@ -1554,6 +1515,7 @@ def main(arguments: list[str] | None = None) -> int:
     serving = commands.add_parser("serve", help="answer HTTP, configured by the environment")
     serving.add_argument("--host", help="address to listen on, :: for all (HOST, 127.0.0.1)")
     serving.add_argument("--port", help="port to listen on, 0 for any (PORT, 8080)")
+    serving.set_defaults(host=os.environ.get("HOST") or "127.0.0.1", port=os.environ.get("PORT", "8080"))
     serving.add_argument("--demo", action="store_true", help="on a private PostgreSQL, with a runaway job to stop")
     commands.add_parser("init-db", help="install sql/ into DATABASE_URL and say what was done")
     options = parser.parse_args(arguments)
@@ -1561,13 +1523,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "init-db":
             init_db(read_url(os.environ, "DATABASE_URL"))
             return 0
-        environment = {**os.environ, **({} if options.port is None else {"PORT": options.port})}
-        host = options.host or environment.get("HOST") or "127.0.0.1"
-        port = read_number(environment, "PORT", 8080, 0, 65_535)
+        host, port = options.host, read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
         if options.demo:
-            demo(environment, host, port)
+            demo(os.environ, host, port)
         else:
-            serve(environment, host, port, lambda server: log_event("serving", url=server.url))
+            serve(os.environ, host, port, lambda server: log_event("serving", url=server.url))
         return 0
     except ConfigurationError as error:
         problem = str(error)
@@ -1575,9 +1535,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
         problem = f"the database refused: {error.diag.message_primary or error}{hint}"
     except OSError as error:
-        problem = (
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}; --host and --port choose another"
-        )
+        reason = os.strerror(error.errno or 0)
+        problem = f"cannot listen on {host} port {port}: {reason}; --host and --port choose another"
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 

@@ -579,8 +579,8 @@ def test_a_client_that_does_not_take_its_answer_is_given_up(serve_app, monkeypat
     server = serve_app(application)
     with connect_to(server.url) as sock:
         sock.sendall(LIVE + b"\r\n")
-        wait_until(lambda: server.connections == 1)
-        wait_until(lambda: server.connections == 0, 5)
+        wait_until(lambda: len(server.connections) == 1)
+        wait_until(lambda: len(server.connections) == 0, 5)
 
 
 def test_too_many_connections_end_those_whose_time_is_up_next(serve_app, shared_app, monkeypatch):
@@ -588,7 +588,7 @@ def test_too_many_connections_end_those_whose_time_is_up_next(serve_app, shared_
     server = serve_app(shared_app)
     slow = [connect_to(server.url) for _ in range(30)]
     try:
-        wait_until(lambda: server.connections <= 10)
+        wait_until(lambda: len(server.connections) <= 10)
         assert send(server.url, "GET", "/health/live").status == 200
     finally:
         for sock in slow:
