@@ -55,7 +55,7 @@ def test_stopping_twice_writes_nothing_and_locks_nothing(db, connect, make_job, 
     session = connect(autocommit=False)
 
     def call():
-        session.rollback()
+        session.commit()  # which flushes what the last call has written, if it had to wait for something
         answer = session.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]
         # With something unflushed, whoever wrote it, the answer waits for that, by a commit of its own.
         return answer if session.execute("SELECT pg_current_xact_id_if_assigned()").fetchone() == (None,) else None
