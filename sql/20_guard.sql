@@ -8,8 +8,8 @@
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             a stop of the job is at work: try the transaction again; or, above
 --                                                    READ COMMITTED, the job has changed since the snapshot
--- Locks    the job's barrier, shared, until the transaction ends, for which it waits 50 ms at most; above READ COMMITTED
---          the job's row for a moment
+-- Locks    the job's barrier, shared, until the transaction ends, for which it waits 50 ms at most; above READ
+--          COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -34,16 +34,17 @@ BEGIN
             PERFORM set_config('lock_timeout', v_lock_timeout, true);
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             RAISE serialization_failure
-                USING MESSAGE = format('an emergency stop of job %s is under way', quote_literal(admit_execution.job_id)),
+                USING MESSAGE = format('an emergency stop of job %s is under way',
+                                       quote_literal(admit_execution.job_id)),
                       HINT = 'Try the transaction again.';
         END;
     END IF;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
-        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since. It has to
-        -- be FOR SHARE, because the foreign key may have got FOR KEY SHARE before the change. The lock is given back at
-        -- once, because it would hold up every update of the job. It is not waited for: whoever holds it is most likely
-        -- about to change the row. A job that is younger than the snapshot is not seen at all.
+        -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since. It has
+        -- to be FOR SHARE, because the foreign key may have got FOR KEY SHARE before the change. The lock is given back
+        -- at once, because it would hold up every update of the job. It is not waited for: a session that holds it is
+        -- most likely about to change the row. A job that is younger than the snapshot is not seen at all.
         BEGIN
             SELECT j.status INTO v_status FROM jobs j WHERE j.id = v_id FOR SHARE NOWAIT;
             IF NOT FOUND THEN
@@ -54,8 +55,8 @@ BEGIN
             WHEN triggered_action_exception THEN
             WHEN lock_not_available THEN
                 RAISE serialization_failure
-                    USING MESSAGE = format('could not serialize access: job %s is being changed, or is not in this snapshot',
-                                           quote_literal(admit_execution.job_id)),
+                    USING MESSAGE = format('could not serialize access: job %s is being changed, '
+                                           'or is not in this snapshot', quote_literal(admit_execution.job_id)),
                           HINT = 'Try the transaction again, or use READ COMMITTED.';
         END;
     ELSE
@@ -64,15 +65,13 @@ BEGIN
 
     IF v_status IN ('completed', 'failed', 'cancelled') THEN
         RAISE object_not_in_prerequisite_state
-            USING MESSAGE = format('job %s is %s: no execution of it may start', quote_literal(admit_execution.job_id), v_status),
-                  HINT = 'A job that was emergency-stopped takes executions again after release_job, another one after its status is set back.';
+            USING MESSAGE = format('job %s is %s: no execution of it may start',
+                                   quote_literal(admit_execution.job_id), v_status),
+                  HINT = 'A job that was emergency-stopped takes executions again after release_job, '
+                         'another one after its status is set back.';
     END IF;
 END;
 $$;
-REVOKE ALL ON FUNCTION admit_execution(text) FROM PUBLIC;
-COMMENT ON FUNCTION admit_execution(text) IS
-    'Lets this transaction start executions of a job that has not ended; raises 55000 for one that has, 40001 while a stop of it '
-    'is at work. Holds the job''s barrier, shared, until the transaction ends.';
 
 -- guard_inserted_executions(): refuses new active executions of a job that has ended, once a job, not once a row.
 -- Raises   what admit_execution raises
@@ -84,9 +83,8 @@ AS $$
 DECLARE
     v_job_id executions.job_id%TYPE;
 BEGIN
-    -- The common case, for which every insert pays: one job, which goes on, and no stop of it about. What is known of it
-    -- is asked for in few statements and expressions, since each costs more than what it does; so job_barrier() is
-    -- written out here.
+    -- The common case, for which every insert pays: one job, which goes on, and no stop of it about. It is found out in
+    -- few statements and expressions, since each costs more than what it does; so job_barrier() is written out here.
     SELECT CASE WHEN pg_try_advisory_xact_lock_shared(hashtextextended(i.job_id::text, 'jobs'::regclass::oid::bigint))
                      AND current_setting('transaction_isolation') = 'read committed' THEN i.job_id END
     INTO v_job_id
@@ -106,8 +104,6 @@ BEGIN
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION guard_inserted_executions() FROM PUBLIC;
-COMMENT ON FUNCTION guard_inserted_executions() IS 'Trigger: no active execution is added to a job that has ended.';
 
 -- guard_updated_execution(): refuses an update that makes an execution active, or moves an active one to another job,
 -- when the job it then belongs to has ended. An execution that an emergency stop failed stays failed and keeps its
@@ -125,15 +121,13 @@ BEGIN
     IF OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}'
        AND (NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}') IS NOT TRUE THEN
         RAISE object_not_in_prerequisite_state
-            USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so', OLD.id, quote_literal(OLD.job_id)),
+            USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so',
+                                   OLD.id, quote_literal(OLD.job_id)),
                   HINT = 'Start a new execution after the job has been released with release_job.';
     END IF;
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION guard_updated_execution() FROM PUBLIC;
-COMMENT ON FUNCTION guard_updated_execution() IS
-    'Trigger: no execution becomes active in a job that has ended; one that an emergency stop failed stays failed and marked.';
 
 -- guard_updated_job(): a job that was emergency-stopped keeps its status, its mark and its id, whatever else the
 -- statement does; other keys of its metadata may be added or changed. Only release_job takes the mark away.
@@ -154,25 +148,26 @@ BEGIN
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION guard_updated_job() FROM PUBLIC;
-COMMENT ON FUNCTION guard_updated_job() IS 'Trigger: a job that was emergency-stopped keeps its status, its mark and its id until release_job.';
 
 -- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
 -- anew in each statement, which would cost more than the rest of a one-row update: so they only let through what every
 -- worker does, in as few words as possible, and the functions look closer.
 DO $$
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_inserted_executions') THEN
+    IF NOT EXISTS (SELECT FROM pg_trigger t
+                   WHERE t.tgrelid = 'executions'::regclass AND t.tgname = 'guard_inserted_executions') THEN
         CREATE TRIGGER guard_inserted_executions AFTER INSERT ON executions
             REFERENCING NEW TABLE AS inserted
             FOR EACH STATEMENT EXECUTE FUNCTION guard_inserted_executions();
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('executions') AND t.tgname = 'guard_updated_execution') THEN
+    IF NOT EXISTS (SELECT FROM pg_trigger t
+                   WHERE t.tgrelid = 'executions'::regclass AND t.tgname = 'guard_updated_execution') THEN
         CREATE TRIGGER guard_updated_execution AFTER UPDATE ON executions
-            FOR EACH ROW WHEN ((OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE OR NEW.job_id IS DISTINCT FROM OLD.job_id)
+            FOR EACH ROW WHEN ((OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE
+                               OR NEW.job_id IS DISTINCT FROM OLD.job_id)
             EXECUTE FUNCTION guard_updated_execution();
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('jobs') AND t.tgname = 'guard_updated_job') THEN
+    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = 'jobs'::regclass AND t.tgname = 'guard_updated_job') THEN
         CREATE TRIGGER guard_updated_job AFTER UPDATE ON jobs
             FOR EACH ROW WHEN (OLD.status = ANY ('{completed,failed,cancelled}'))
             EXECUTE FUNCTION guard_updated_job();

@@ -1,4 +1,5 @@
--- emergency_stop_job(id, reason, force, caller): stops a job and all its executions, in the caller's transaction, for good.
+-- emergency_stop_job(id, reason, force, caller): stops a job and all its executions, for good, in the caller's
+-- transaction.
 -- Returns  {"ok": true, "message": "Job emergency stopped", "job_id": "a", "previous_status": "processing",
 --           "new_status": "failed", "executions_stopped": 42, "stopped_at": "2025-09-29T23:48:00Z"}
 --          {"ok": true, "message": "Job already in terminal state", "job_id": "a", "status": "failed", "action": "none"}
@@ -10,19 +11,19 @@
 -- Raises   invalid_parameter_value (22023)    reason has more than 1,000 characters, or caller is no JSON object
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
---          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0). DETAIL
---                                             is JSON, the rows of emergency_stop_blockers(id); with force, where one of
---                                             them may not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
+--          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
+--                                             DETAIL is JSON, the rows of emergency_stop_blockers(id); with force, if one
+--                                             may not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that works;
 --          where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With nothing
---          left to stop it locks nothing. With force it ends the sessions that have held the job for that long, and then
---          waits for as long once more.
+--          left to stop it locks nothing. With force it ends the sessions that have held the job for that long, and
+--          then waits for as long once more.
+--
+-- The cost of a stop is mostly that of plpgsql's own: each function that is called, each statement and each expression
+-- is made ready anew in each transaction. So the way of a stop that meets nobody has few of them.
 
--- limit_lock_wait(wait): makes the next wait for a lock fail after that time.
--- Returns  nothing
--- Raises   lock_not_available (55P03)  no time is left
--- Locks    nothing
+-- limit_lock_wait(wait): makes the next wait for a lock fail after that time. Raises 55P03 if no time is left.
 CREATE OR REPLACE FUNCTION limit_lock_wait(wait interval)
 RETURNS void LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -34,13 +35,8 @@ BEGIN
     PERFORM set_config('lock_timeout', ceil(extract(epoch FROM wait) * 1000)::bigint::text, true);
 END;
 $$;
-REVOKE ALL ON FUNCTION limit_lock_wait(interval) FROM PUBLIC;
-COMMENT ON FUNCTION limit_lock_wait(interval) IS 'Sets lock_timeout for this transaction; raises 55P03 if no time is left.';
 
--- wait_for_barrier(barrier, wait): takes a job's barrier alone, in its turn.
--- Returns  whether it was got in that time
--- Raises   nothing of its own
--- Locks    the barrier, until the transaction ends
+-- wait_for_barrier(barrier, wait): takes a job's barrier alone, in its turn; returns whether it was got in that time.
 CREATE OR REPLACE FUNCTION wait_for_barrier(barrier bigint, wait interval)
 RETURNS boolean LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -49,23 +45,19 @@ BEGIN
     PERFORM limit_lock_wait(wait);
     PERFORM pg_advisory_xact_lock(barrier);
     RETURN true;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN  -- in a deadlock the caller's transaction holds what another one needs
-    RETURN false;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    RETURN false;  -- in a deadlock the caller's transaction holds what another one needs
 END;
 $$;
-REVOKE ALL ON FUNCTION wait_for_barrier(bigint, interval) FROM PUBLIC;
-COMMENT ON FUNCTION wait_for_barrier(bigint, interval) IS 'Takes a barrier alone; false if that was not possible in this time.';
 
--- lock_job_row(id, wait, lock_table): locks a job's row.
--- Returns  how much of the time is left
--- Raises   lock_not_available (55P03)  others hold the row for longer; or sessions share it and the table may not be locked
--- Locks    the row, FOR NO KEY UPDATE; before it, if sessions share it, the table, EXCLUSIVE
+-- lock_job_row(id, wait, lock_table): locks a job's row FOR NO KEY UPDATE; before it, if sessions share it, the table.
+-- Returns how much of the time is left. Raises 55P03 if others hold the row for longer.
 CREATE OR REPLACE FUNCTION lock_job_row(id text, wait interval, lock_table boolean)
 RETURNS interval LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_id    CONSTANT jobs.id%TYPE := to_job_id(lock_job_row.id);
+    v_id    CONSTANT jobs.id%TYPE := lock_job_row.id;
     v_began timestamptz;
 BEGIN
     PERFORM FROM jobs j WHERE j.id = v_id FOR NO KEY UPDATE SKIP LOCKED;
@@ -91,21 +83,15 @@ BEGIN
     RETURN wait - (clock_timestamp() - v_began);
 END;
 $$;
-REVOKE ALL ON FUNCTION lock_job_row(text, interval, boolean) FROM PUBLIC;
-COMMENT ON FUNCTION lock_job_row(text, interval, boolean) IS
-    'Locks a job''s row, if sessions share it by way of the table; returns the time that is left, raises 55P03 when it is over.';
 
 -- lock_rows(id, wait, job_first): locks a job's active executions and its row, first what is free, then what is held.
--- The time counts only while it waits, since locking many executions takes a while by itself.
--- Returns  nothing
--- Raises   lock_not_available (55P03)  others hold a row for longer
--- Locks    the executions and the job's row, FOR NO KEY UPDATE; before the row, if sessions share it, the table, EXCLUSIVE
+-- The time counts only while it waits, since locking many executions takes a while by itself. Raises 55P03 after it.
 CREATE OR REPLACE FUNCTION lock_rows(id text, wait interval, job_first boolean)
 RETURNS void LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_id    CONSTANT jobs.id%TYPE := to_job_id(lock_rows.id);
+    v_id    CONSTANT jobs.id%TYPE := lock_rows.id;
     v_rest  interval := wait;
     v_held  record;
     v_began timestamptz;
@@ -137,37 +123,25 @@ BEGIN
     PERFORM lock_job_row(lock_rows.id, v_rest, lock_table => true);
 END;
 $$;
-REVOKE ALL ON FUNCTION lock_rows(text, interval, boolean) FROM PUBLIC;
-COMMENT ON FUNCTION lock_rows(text, interval, boolean) IS
-    'Locks a job''s active executions and its row; raises 55P03 when it has waited for that long.';
 
 -- unfinished_executions(id): how many executions of a job are in each state that is not terminal.
 -- Returns  {"pending": 14, "queued": 10}, or NULL if there are none
--- Raises   nothing of its own
--- Locks    nothing
 CREATE OR REPLACE FUNCTION unfinished_executions(id text)
 RETURNS jsonb LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_id     CONSTANT jobs.id%TYPE := to_job_id(unfinished_executions.id);
-    v_counts jsonb;
+    v_id CONSTANT jobs.id%TYPE := unfinished_executions.id;
 BEGIN
-    SELECT jsonb_object_agg(u.status, u.executions) INTO v_counts
-    FROM (SELECT e.status, count(*) AS executions
-          FROM executions e
-          WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled')
-          GROUP BY e.status) u;
-    RETURN v_counts;
+    RETURN (SELECT jsonb_object_agg(u.status, u.executions)
+            FROM (SELECT e.status, count(*) AS executions
+                  FROM executions e
+                  WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled')
+                  GROUP BY e.status) u);
 END;
 $$;
-REVOKE ALL ON FUNCTION unfinished_executions(text) FROM PUBLIC;
-COMMENT ON FUNCTION unfinished_executions(text) IS 'How many executions of this job are in each state that is not terminal; NULL if none.';
 
--- last_record(id): whether the last record of a job is a stop or a release.
--- Returns  'stop', 'release', or NULL where there is no record
--- Raises   nothing of its own
--- Locks    nothing
+-- last_record(id): the action of a job's last record, 'stop' or 'release'; NULL where there is none.
 CREATE OR REPLACE FUNCTION last_record(id text)
 RETURNS text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -176,86 +150,15 @@ BEGIN
     RETURN (SELECT s.action FROM emergency_stops s WHERE s.job_id = last_record.id ORDER BY s.id DESC LIMIT 1);
 END;
 $$;
-REVOKE ALL ON FUNCTION last_record(text) FROM PUBLIC;
-COMMENT ON FUNCTION last_record(text) IS 'The action of this job''s last record in emergency_stops: stop, release, or NULL.';
-
--- fail_job(id, reason, at): fails a job and its active executions, those included that triggers start meanwhile.
--- Returns  executions_stopped: how many executions were failed; left_alone: as unfinished_executions
--- Raises   triggered_data_change_violation (27000)  a trigger or a rule of the application's undid it
--- Locks    the rows that it updates, executions before the job
-CREATE OR REPLACE FUNCTION fail_job(id text, reason text, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
-LANGUAGE plpgsql VOLATILE
-SET search_path FROM CURRENT
-AS $$
-DECLARE
-    v_id      CONSTANT jobs.id%TYPE := to_job_id(fail_job.id);
-    v_mark    CONSTANT jsonb := jsonb '{"error": "Emergency stop by admin", "emergency_stop": true}';
-    v_updated  bigint;
-    v_unmarked bigint := 0::bigint;  -- executions whose mark a trigger has taken away
-    v_job     record;
-BEGIN
-    executions_stopped := 0;
-    PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
-    FOR v_round IN 1..10 LOOP
-        -- as_object() is written out here, because calling a function for each row would cost more than the rest.
-        UPDATE executions e
-        SET status = 'failed',
-            completed_at = fail_job.at,
-            output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_mark
-                          WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_mark
-                          ELSE v_mark
-                     END
-        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
-        GET DIAGNOSTICS v_updated = ROW_COUNT;
-        executions_stopped := executions_stopped + v_updated;
-        IF v_round = 1 THEN
-            UPDATE jobs j
-            SET status = CASE WHEN j.status IN ('completed', 'cancelled') THEN j.status ELSE 'failed' END,
-                updated_at = fail_job.at,
-                metadata = without_reason_of_last_stop(fail_job.id, as_object(j.metadata, 'previous_metadata'))
-                           || jsonb_strip_nulls(jsonb_build_object('emergency_stop', true, 'stopped_at', utc_seconds(fail_job.at),
-                                                                   'stopped_by', 'admin', 'reason', fail_job.reason))
-            WHERE j.id = v_id;
-        END IF;
-        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after the look that follows
-        left_alone := unfinished_executions(fail_job.id);
-        EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
-    END LOOP;
-    PERFORM set_config('beacon_stop.stopping', '', true);
-
-    -- Triggers of the application's that fire before ours may have taken marks away. Without any, nothing is looked through.
-    IF EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = 'executions'::regclass AND NOT t.tgisinternal AND t.tgtype & 18 = 18) THEN
-        SELECT count(*) INTO v_unmarked
-        FROM executions e
-        WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = fail_job.at
-          AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE;
-    END IF;
-    SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS marked INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}' OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.marked) IS NOT TRUE THEN
-        RAISE triggered_data_change_violation
-            USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
-                                   quote_literal(fail_job.id)),
-                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. Executions without the mark: %s.',
-                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
-                  HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), and disable the one that does it.';
-    END IF;
-END;
-$$;
-REVOKE ALL ON FUNCTION fail_job(text, text, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION fail_job(text, text, timestamptz) IS
-    'Fails a job and its active executions; returns how many these were, and what is in other states. Raises 27000 if a trigger or a rule undoes it.';
 
 -- without_reason_of_last_stop(id, metadata): a job's metadata without the reason that its last stop has left there.
 -- A reason of somebody else's stays.
--- Returns  the metadata
--- Raises   nothing of its own
--- Locks    nothing
 CREATE OR REPLACE FUNCTION without_reason_of_last_stop(id text, metadata jsonb)
 RETURNS jsonb LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF metadata ? 'reason' AND metadata ->> 'reason' = (
+    IF metadata ->> 'reason' = (
         SELECT s.reason FROM emergency_stops s
         WHERE s.job_id = without_reason_of_last_stop.id AND s.action = 'stop'
         ORDER BY s.id DESC LIMIT 1
@@ -265,126 +168,151 @@ BEGIN
     RETURN metadata;
 END;
 $$;
-REVOKE ALL ON FUNCTION without_reason_of_last_stop(text, jsonb) FROM PUBLIC;
-COMMENT ON FUNCTION without_reason_of_last_stop(text, jsonb) IS 'A job''s metadata without the reason that its last stop has left there.';
 
--- attempt_stop(id, reason, sessions_ended, caller, wait, attempt): stops a job, or fails as soon as a lock is not to be had in that time.
--- Returns  outcome: 'not found', 'none' (there was nothing to stop), 'stopped', 'leftovers stopped'; status: the job's before;
---          executions_stopped; at; left_alone: counts of executions by states that are none of the six
--- Raises   lock_not_available (55P03), deadlock_detected (40P01)  to be tried again once the caller's block has let go of all locks
---          triggered_data_change_violation (27000)  as fail_job
--- Locks    the barrier alone; from the second attempt on the rows before anything is updated: in the even ones executions
---          first, in the odd ones the job first, because workers lock in either order
-CREATE OR REPLACE FUNCTION attempt_stop(
-    id text, reason text, sessions_ended int, caller jsonb, wait interval, attempt int,
-    OUT outcome text, OUT status text, OUT executions_stopped bigint, OUT at timestamptz, OUT left_alone jsonb)
+-- fail_job(id, mark, at): fails a job and its active executions, those included that triggers start meanwhile.
+-- Returns  executions_stopped, how many executions it has failed; left_alone, as unfinished_executions
+-- Raises   triggered_data_change_violation (27000)  a trigger or a rule of the application's undid it
+CREATE OR REPLACE FUNCTION fail_job(
+    id text, mark jsonb, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
+SET beacon_stop.stopping = ''
 AS $$
 DECLARE
-    v_id         CONSTANT jobs.id%TYPE := to_job_id(attempt_stop.id);
-    v_key        CONSTANT text := v_id::text;  -- the id as it is in the tables
-    v_barrier    CONSTANT bigint := job_barrier(v_key);
-    v_terminal   boolean;
-    v_marked     boolean;
-    v_xmax       xid;      -- of whoever changes the job's row, or has locked it
-    v_ended      boolean;  -- for good: with nothing active, there is nothing to do
-    v_failed     record;
+    v_id      CONSTANT jobs.id%TYPE := fail_job.id;
+    v_output  CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
+    v_updated bigint;
+    v_job     record;
 BEGIN
-    PERFORM limit_lock_wait(wait);
-    SELECT j.status, j.status IN ('completed', 'failed', 'cancelled'), COALESCE(j.metadata @> '{"emergency_stop": true}', false), j.xmax
-    INTO attempt_stop.status, v_terminal, v_marked, v_xmax
+    executions_stopped := 0;
+    PERFORM set_config('beacon_stop.stopping', fail_job.id, true);  -- until this function ends
+    FOR v_round IN 1..10 LOOP
+        -- as_object() is written out here, because calling a function for each row would cost more than the rest.
+        UPDATE executions e
+        SET status = 'failed',
+            completed_at = fail_job.at,
+            output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_output
+                          WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_output
+                          ELSE v_output
+                     END
+        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
+        GET DIAGNOSTICS v_updated = ROW_COUNT;
+        executions_stopped := executions_stopped + v_updated;
+        IF v_round = 1 THEN
+            UPDATE jobs j
+            SET status = CASE WHEN j.status IN ('completed', 'cancelled') THEN j.status ELSE 'failed' END,
+                updated_at = fail_job.at,
+                metadata = CASE WHEN j.metadata IS NULL THEN mark
+                                ELSE without_reason_of_last_stop(fail_job.id, as_object(j.metadata, 'previous_metadata'))
+                                     || mark
+                           END
+            WHERE j.id = v_id;
+        END IF;
+        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after the look that follows
+        PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+        left_alone := CASE WHEN FOUND THEN unfinished_executions(fail_job.id) END;
+        EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
+    END LOOP;
+
+    -- Triggers of the application's that fire before ours may have taken marks away. Without any, none is looked for.
+    SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS is_marked,
+           CASE WHEN EXISTS (SELECT FROM pg_trigger t
+                             WHERE t.tgrelid = 'executions'::regclass AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
+                THEN (SELECT count(*)
+                      FROM executions e
+                      WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = fail_job.at
+                        AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE)
+                ELSE 0
+           END AS unmarked
+    INTO v_job
     FROM jobs j WHERE j.id = v_id;
-    IF NOT FOUND THEN
-        outcome := 'not found';
-        RETURN;
+    IF v_job.unmarked > 0 OR left_alone ?| '{pending,running,processing}'
+       OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.is_marked) IS NOT TRUE THEN
+        RAISE triggered_data_change_violation
+            USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
+                                   quote_literal(fail_job.id)),
+                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. '
+                                  'Executions without the mark: %s.',
+                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.is_marked, false),
+                                  COALESCE(left_alone::text, 'none'), COALESCE(v_job.unmarked, 0)),
+                  HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), '
+                         'and disable the one that does it.';
     END IF;
-    -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction that
-    -- was admitted before the end is still open: it holds the barrier. Who is just setting the job back shows in xmax.
-    v_ended := v_terminal AND v_marked;
-    IF v_terminal AND NOT v_marked THEN
-        v_ended := (attempt_stop.status <> 'failed' OR last_record(v_key) = 'stop') AND (v_xmax = '0' OR mxid_age(v_xmax) <= 0 AND NOT is_running(v_xmax));
-    END IF;
-    -- Taken and given back in one expression where that is enough, because a lock that outlives the call costs more.
-    IF (v_ended AND pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier)) IS NOT TRUE
-       AND NOT pg_try_advisory_xact_lock(v_barrier) THEN
-        RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
-    END IF;
-    IF v_ended THEN
-        left_alone := unfinished_executions(v_key);
-        IF (left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
-            outcome := 'none';
-            RETURN;
-        END IF;
-        PERFORM pg_advisory_xact_lock(v_barrier);
-    END IF;
-
-    IF attempt > 1 THEN
-        PERFORM lock_rows(v_key, wait, job_first => attempt % 2 = 1);
-    END IF;
-    SELECT j.status INTO attempt_stop.status FROM jobs j WHERE j.id = v_id FOR NO KEY UPDATE SKIP LOCKED;
-    IF NOT FOUND THEN
-        RAISE lock_not_available USING MESSAGE = 'others hold the row of the job, or have deleted it';
-    END IF;
-    at := clock_timestamp();
-    v_terminal := COALESCE(attempt_stop.status IN ('completed', 'failed', 'cancelled'), false);
-    outcome := CASE WHEN v_terminal THEN 'leftovers stopped' ELSE 'stopped' END;
-    IF v_terminal THEN
-        left_alone := unfinished_executions(v_key);
-        IF (left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
-            outcome := 'none';  -- it has ended while we waited; or it failed by itself, which is put on record now
-            executions_stopped := 0;
-        END IF;
-    END IF;
-    IF outcome <> 'none' THEN
-        v_failed := fail_job(v_key, attempt_stop.reason, at);
-        executions_stopped := v_failed.executions_stopped;
-        left_alone := v_failed.left_alone;
-    END IF;
-    IF outcome <> 'none' OR attempt_stop.status = 'failed' AND last_record(v_key) IS DISTINCT FROM 'stop' THEN
-        INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
-        VALUES ('stop', v_key, COALESCE(attempt_stop.status, 'unknown'), CASE WHEN v_terminal THEN attempt_stop.status ELSE 'failed' END,
-                attempt_stop.executions_stopped, attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, at);
-    END IF;
-    PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows a stop that is done
 END;
 $$;
-REVOKE ALL ON FUNCTION attempt_stop(text, text, int, jsonb, interval, int) FROM PUBLIC;
-COMMENT ON FUNCTION attempt_stop(text, text, int, jsonb, interval, int) IS
-    'One attempt to stop a job, which raises 55P03 or 40P01 if a lock is not to be had in that time. Locks barrier, executions and job.';
 
--- stop_answer(...): what emergency_stop_job answers of an attempt that has come to an end.
--- Returns  the JSON, its keys in the order of the specification
--- Raises   nothing of its own
--- Locks    nothing
-CREATE OR REPLACE FUNCTION stop_answer(
-    id text, reason text, sessions_ended int, outcome text, status text, executions_stopped bigint, at timestamptz, left_alone jsonb)
-RETURNS json LANGUAGE plpgsql STABLE
+-- attempt_stop(id, ...): stops a job, or fails as soon as a lock is not to be had: at once, or in the given time from the
+-- second attempt on, which locks all rows before it updates any, in the even attempts executions first, in the odd ones
+-- the job first, because workers lock in either order. id is the id as it is in the table, asked_id as the caller has it.
+-- Returns  what emergency_stop_job answers
+-- Raises   lock_not_available (55P03), deadlock_detected (40P01)  to be tried again once all locks have been let go of
+--          triggered_data_change_violation (27000)  as fail_job
+CREATE OR REPLACE FUNCTION attempt_stop(
+    id text, asked_id text, reason text, sessions_ended int, caller jsonb, barrier bigint, wait interval, attempt int)
+RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
+SET lock_timeout = '5ms'
 AS $$
 DECLARE
-    v_left_alone CONSTANT jsonb := NULLIF(left_alone, '{}');
+    v_id           CONSTANT jobs.id%TYPE := attempt_stop.id;
+    v_status       text;
+    v_has_ended    boolean;
+    v_at           CONSTANT timestamptz := clock_timestamp();
+    v_stopped_at   text;  -- NULL where there is nothing to stop
+    v_executions   bigint := 0;
+    v_left_alone   jsonb;
 BEGIN
-    IF outcome = 'stopped' THEN
-        RETURN json_strip_nulls(json_build_object(
-            'ok', true, 'message', 'Job emergency stopped', 'job_id', id, 'previous_status', COALESCE(status, 'unknown'),
-            'new_status', 'failed', 'executions_stopped', executions_stopped, 'stopped_at', utc_seconds(at),
-            'reason', reason, 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
-    ELSIF outcome = 'leftovers stopped' THEN
-        RETURN json_strip_nulls(json_build_object(
-            'ok', true, 'message', 'Job already in terminal state', 'job_id', id, 'status', status,
-            'action', 'executions_stopped', 'executions_stopped', executions_stopped, 'stopped_at', utc_seconds(at),
-            'reason', reason, 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
-    ELSIF v_left_alone IS NULL AND COALESCE(sessions_ended, 0) = 0 THEN
-        RETURN json_build_object('ok', true, 'message', 'Job already in terminal state', 'job_id', id, 'status', status, 'action', 'none');
+    IF attempt > 1 THEN
+        PERFORM limit_lock_wait(wait);
     END IF;
-    RETURN json_strip_nulls(json_build_object(
-        'ok', true, 'message', 'Job already in terminal state', 'job_id', id, 'status', status, 'action', 'none',
-        'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
+    IF pg_try_advisory_xact_lock(barrier) THEN
+        IF attempt > 1 THEN
+            PERFORM lock_rows(attempt_stop.id, wait, job_first => attempt % 2 = 1);
+        END IF;
+        SELECT COALESCE(j.status, 'unknown'), j.status IN ('completed', 'failed', 'cancelled') INTO v_status, v_has_ended
+        FROM jobs j WHERE j.id = v_id FOR NO KEY UPDATE SKIP LOCKED;
+    END IF;
+    IF v_status IS NULL THEN
+        PERFORM FROM jobs j WHERE j.id = v_id;
+        IF FOUND THEN
+            RAISE lock_not_available USING MESSAGE = 'others hold the barrier or the row of the job, or have replaced it';
+        END IF;
+        RETURN json_build_object('error', 'job not found', 'job_id', asked_id);
+    END IF;
+
+    IF v_has_ended THEN
+        v_left_alone := unfinished_executions(attempt_stop.id);
+    END IF;
+    IF v_has_ended IS NOT TRUE OR v_left_alone ?| '{pending,running,processing}' THEN
+        v_stopped_at := to_char(v_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
+        SELECT f.executions_stopped, f.left_alone INTO v_executions, v_left_alone
+        FROM fail_job(attempt_stop.id, jsonb_strip_nulls(jsonb_build_object(
+                 'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)), v_at) f;
+        PERFORM notify_workers('emergency_stop', json_build_object(
+            'job_id', asked_id, 'stopped_at', v_stopped_at, 'executions_stopped', v_executions));
+    END IF;
+    -- A job that failed by itself is put on record, too, so that no batch restarts it.
+    IF v_stopped_at IS NOT NULL OR v_status = 'failed' AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
+        INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason,
+                                     caller, stopped_at)
+        VALUES ('stop', attempt_stop.id, v_status, CASE WHEN v_has_ended THEN v_status ELSE 'failed' END, v_executions,
+                attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
+    END IF;
+    PERFORM pg_advisory_xact_lock_shared(barrier);  -- by which emergency_stop_blockers knows a stop that is done
+    RETURN json_strip_nulls(CASE
+        WHEN v_has_ended THEN json_build_object(
+            'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
+            'action', CASE WHEN v_stopped_at IS NULL THEN 'none' ELSE 'executions_stopped' END,
+            'executions_stopped', CASE WHEN v_stopped_at IS NOT NULL THEN v_executions END, 'stopped_at', v_stopped_at,
+            'reason', CASE WHEN v_stopped_at IS NOT NULL THEN reason END,
+            'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone)
+        ELSE json_build_object(
+            'ok', true, 'message', 'Job emergency stopped', 'job_id', asked_id, 'previous_status', v_status,
+            'new_status', 'failed', 'executions_stopped', v_executions, 'stopped_at', v_stopped_at, 'reason', reason,
+            'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone)
+        END);
 END;
 $$;
-REVOKE ALL ON FUNCTION stop_answer(text, text, int, text, text, bigint, timestamptz, jsonb) FROM PUBLIC;
-COMMENT ON FUNCTION stop_answer(text, text, int, text, text, bigint, timestamptz, jsonb) IS 'The JSON that emergency_stop_job answers.';
 
 CREATE OR REPLACE FUNCTION emergency_stop_job(
     id text, reason text DEFAULT NULL, force boolean DEFAULT false, caller jsonb DEFAULT NULL)
@@ -395,35 +323,68 @@ SET row_security = off
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END;
+    v_deadline     timestamptz := clock_timestamp() + v_patience;
+    v_id           jobs.id%TYPE;
     v_barrier      bigint;
     v_barred       boolean := false;  -- whether we have the barrier
-    v_deadline     timestamptz := clock_timestamp() + v_patience;
     v_began        timestamptz;
-    v_wait         interval := interval '5ms';
+    v_wait         interval := '5ms';
     v_attempt      int := 1;
     v_ended        int;  -- sessions, once force has been used
     v_gone         int;
     v_problem      text;
-    v_stop         record;
+    v_status       text;
+    v_is_free      boolean;
+    v_left_alone   jsonb;
+    v_answer       json;
 BEGIN
-    PERFORM require_read_committed('emergency_stop_job');
-    IF length(reason) > 1000 THEN
-        RAISE invalid_parameter_value USING MESSAGE = format('reason has %s characters: expected at most 1000', length(reason));
-    ELSIF jsonb_typeof(caller) <> 'object' THEN
-        RAISE invalid_parameter_value USING MESSAGE = format('caller is a JSON %s: expected an object', jsonb_typeof(caller));
+    IF length(reason) > 1000 OR jsonb_typeof(caller) <> 'object' OR current_setting('transaction_read_only')::boolean
+       OR current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        PERFORM require_read_committed('emergency_stop_job');
+        RAISE invalid_parameter_value USING MESSAGE = CASE
+            WHEN length(reason) > 1000 THEN format('reason has %s characters: expected at most 1000', length(reason))
+            ELSE format('caller is a JSON %s: expected an object', jsonb_typeof(caller)) END;
+    ELSIF v_lock_timeout = '0' THEN
+        PERFORM limit_lock_wait(v_patience);
     END IF;
 
-    LOOP
+    -- Is there nothing to stop? Nobody starts an execution of a job that has ended, so what is committed is all there is,
+    -- unless a transaction that was admitted before the end is still open: it holds the barrier. Who is just setting the
+    -- job back shows in xmax; with a mark nobody can. The barrier is given back at once: a lock that lasts costs more.
+    BEGIN
+        v_id := id;
+        v_barrier := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
+        SELECT j.status, pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) INTO v_status, v_is_free
+        FROM jobs j
+        WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
+          AND (j.metadata @> '{"emergency_stop": true}'
+               OR (j.status <> 'failed' OR last_record(v_id::text) = 'stop')
+                  AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
+        IF v_is_free THEN
+            PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+            v_left_alone := CASE WHEN FOUND THEN unfinished_executions(v_id::text) END;
+            IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
+                v_answer := json_strip_nulls(json_build_object(
+                    'ok', true, 'message', 'Job already in terminal state', 'job_id', id, 'status', v_status,
+                    'action', 'none', 'left_alone', v_left_alone));
+            END IF;
+        END IF;
+    EXCEPTION
+        WHEN data_exception THEN  -- the type of the column cannot hold this id
+            RETURN json_build_object('error', 'job not found', 'job_id', id);
+        WHEN lock_not_available OR deadlock_detected THEN  -- others hold the tables
+    END;
+
+    WHILE v_answer IS NULL LOOP
         v_began := clock_timestamp();
         BEGIN
-            v_stop := attempt_stop(id, reason, COALESCE(v_ended, 0), caller, v_wait, v_attempt);
+            v_answer := attempt_stop(v_id::text, id, reason, COALESCE(v_ended, 0), caller, v_barrier, v_wait, v_attempt);
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
         END;
         IF NOT v_barred THEN
-            v_barrier := job_barrier(to_job_id(id)::text);
             v_barred := wait_for_barrier(v_barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
             CONTINUE WHEN v_barred AND clock_timestamp() < v_deadline;
         END IF;
@@ -442,27 +403,27 @@ BEGIN
         END IF;
         v_wait := '20ms';
     END LOOP;
-    PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    IF current_setting('lock_timeout') <> v_lock_timeout THEN
+        PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    END IF;
 
-    IF v_stop.outcome = 'not found' THEN
-        RETURN json_build_object('error', 'job not found', 'job_id', id);
-    ELSIF v_stop.at IS NOT NULL THEN
-        PERFORM commit_durably();
-    ELSIF current_setting('synchronous_standby_names') <> '' OR pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() THEN
+    IF v_answer ->> 'action' = 'none'
+       AND (current_setting('synchronous_standby_names') <> ''
+            OR pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()) THEN
         -- Whoever ended the job may have done so without waiting for the disk or the standby. With a record of our own,
         -- which nobody reads, we wait for all that was written before it.
-        PERFORM commit_durably(), pg_logical_emit_message(true, 'beacon-stop', '');
+        PERFORM pg_logical_emit_message(true, 'beacon-stop', '');
     END IF;
-    IF v_stop.outcome IN ('stopped', 'leftovers stopped') THEN
-        PERFORM notify_workers('emergency_stop', json_build_object(
-            'job_id', id, 'stopped_at', utc_seconds(v_stop.at), 'executions_stopped', v_stop.executions_stopped));
+    IF current_setting('synchronous_commit') IN ('off', 'local') THEN
+        PERFORM commit_durably();
     END IF;
-    RETURN stop_answer(id, reason, v_ended, v_stop.outcome, v_stop.status, v_stop.executions_stopped, v_stop.at, v_stop.left_alone);
+    RETURN v_answer;
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_job(text, text, boolean, jsonb) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_job(text, text, boolean, jsonb) IS
-    'Stops a job and all its executions for good; returns the JSON summary, or {error, job_id} for an unknown job. Raises 55P03, '
-    'with the sessions that hold the job as JSON in DETAIL, after lock_timeout (10 s where that is 0); force => true ends those first. '
-    '25000 above READ COMMITTED, 25006 in a read-only transaction, 22023 for a reason of more than 1000 characters, 27000 if a trigger '
-    'or a rule undoes the stop. Locks the job''s barrier, its active executions and its row until the transaction ends.';
+    'Stops a job and all its executions for good; returns the JSON summary, or {error, job_id} for an unknown job. '
+    'Raises 55P03, with the sessions that hold the job as JSON in DETAIL, after lock_timeout (10 s where that is 0); '
+    'force => true ends those first. Raises 25000 above READ COMMITTED, 25006 in a read-only transaction, 22023 for a '
+    'reason of more than 1000 characters, 27000 if a trigger or a rule undoes the stop. '
+    'Locks the job''s barrier, its active executions and its row until the transaction ends.';
