@@ -52,8 +52,6 @@ BEGIN
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
 END;
 $$;
-REVOKE ALL ON FUNCTION lock_all_tables() FROM PUBLIC;
-COMMENT ON FUNCTION lock_all_tables() IS 'Locks all of our tables in ACCESS EXCLUSIVE mode, or raises 55P03 and has locked none.';
 
 -- What has to be changed, each in a function of its own: what is done, and the statement that does it, in their order.
 -- A trigger that is missing has no statement: the file that has its function makes it.
@@ -90,7 +88,6 @@ AS $$
     FROM outdated o
     WHERE to_regprocedure(o.signature) IS NOT NULL;
 $$;
-COMMENT ON FUNCTION outdated_functions() IS 'The functions and their triggers that an earlier version left, and how each is dropped.';
 
 CREATE OR REPLACE FUNCTION missing_columns()
 RETURNS TABLE (does text, statement text) LANGUAGE sql STABLE
@@ -116,7 +113,6 @@ AS $$
         SELECT FROM pg_attribute a
         WHERE a.attrelid = to_regclass(c.table_name) AND a.attname = c.column_name AND NOT a.attisdropped);
 $$;
-COMMENT ON FUNCTION missing_columns() IS 'The columns that our tables lack, and how each is added.';
 
 -- The stop finds a job's active executions, and the listing a job's executions in id order, at a cost that the size of
 -- the tables has no part in; so do the batches their jobs, in the order in which they take them. An index that a stop
@@ -153,7 +149,6 @@ AS $$
     FROM (VALUES ('executions_job_id_active_idx', 'executions'), ('jobs_updated_at_unfinished_idx', 'jobs')) AS o (index_name, table_name)
     JOIN pg_index i ON i.indexrelid = to_regclass(o.index_name) AND i.indrelid = to_regclass(o.table_name);
 $$;
-COMMENT ON FUNCTION missing_indexes() IS 'The indexes that our tables lack, or that are of no use, and how each is made.';
 
 CREATE OR REPLACE FUNCTION missing_triggers()
 RETURNS TABLE (does text, statement text) LANGUAGE sql STABLE
@@ -174,7 +169,6 @@ AS $$
     CROSS JOIN LATERAL (SELECT t.tgtype = w.type AND (t.tgqual IS NOT NULL) = w.has_when) AS k (as_it_must_be)
     WHERE t.oid IS NULL OR t.tgenabled NOT IN ('O', 'A') OR NOT k.as_it_must_be;
 $$;
-COMMENT ON FUNCTION missing_triggers() IS 'The triggers that our tables lack, or that are switched off, and how each is switched on.';
 
 CREATE OR REPLACE FUNCTION installation_steps()
 RETURNS TABLE (does text, statement text) LANGUAGE sql STABLE
@@ -186,5 +180,3 @@ AS $$
     UNION ALL SELECT * FROM missing_triggers();
 $$;
 COMMENT ON FUNCTION installation_steps() IS 'All that an installation has to change in what is there; no row if nothing.';
-
-REVOKE ALL ON FUNCTION outdated_functions(), missing_columns(), missing_indexes(), missing_triggers(), installation_steps() FROM PUBLIC;

@@ -56,8 +56,6 @@ BEGIN
     RETURN NULL;
 END;
 $$;
-REVOKE ALL ON FUNCTION keep_append_only() FROM PUBLIC;
-COMMENT ON FUNCTION keep_append_only() IS 'Trigger: the table is append-only for all but its owner.';
 
 -- The steps, each of which says what it did. Rights on functions that are dropped are kept for those that replace them.
 DO $$

@@ -16,13 +16,9 @@ BEGIN
         WHERE p.oid = ANY (functions);
 END;
 $$;
-REVOKE ALL ON FUNCTION function_checksums(oid[]) FROM PUBLIC;
-COMMENT ON FUNCTION function_checksums(oid[]) IS 'A checksum of each function''s body and settings.';
 
--- installed_functions(): the manifest.
+-- installed_functions(): the manifest. Whatever it lists, itself included, is closed to PUBLIC.
 -- Returns  {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}
--- Raises   nothing of its own
--- Locks    nothing
 DO $$
 DECLARE
     v_functions jsonb;
@@ -39,7 +35,7 @@ BEGIN
           AND p.proname <> 'installed_functions')) c;
     EXECUTE format('CREATE OR REPLACE FUNCTION installed_functions() RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT AS %L',
                    format('SELECT %L::jsonb', v_functions));
+    EXECUTE format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC',
+                   (SELECT string_agg(f.signature, ', ') FROM jsonb_object_keys(v_functions) AS f (signature)));
 END;
 $$;
-REVOKE ALL ON FUNCTION installed_functions() FROM PUBLIC;
-COMMENT ON FUNCTION installed_functions() IS 'The functions that were installed, each with its checksum.';

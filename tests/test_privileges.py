@@ -4,6 +4,9 @@ from typing import Any
 
 import psycopg
 import pytest
+from conftest import url_of
+
+import beacon_stop
 
 # What the service calls. Workers call confirm_stopped; all else is the owner's.
 CALLS = {
@@ -65,12 +68,38 @@ def test_the_service_role_may_call_nothing_else(functions):
     assert {f.name for f in functions if f.is_service} == set(CALLS)
 
 
-def test_every_function_is_closed_to_public_with_a_pinned_path_and_a_comment(functions):
+def test_every_function_is_closed_to_public_with_a_pinned_path(functions):
     assert len(functions) > len(CALLS)
     for function in functions:
         assert "search_path=public, pg_temp" in (function.config or []), function.signature
         assert not function.is_public, function.signature
-        assert function.comment, function.signature
+
+
+def test_what_others_call_has_a_comment(functions):
+    assert {f.name for f in functions if f.comment} >= {*CALLS, "confirm_stopped"}
+
+
+def test_an_owner_who_is_no_superuser_leaves_nothing_open_to_public_first_and_again(bare_database, server_url):
+    """One statement closes all functions. It must not need more rights than the owner has, nor miss a function."""
+    bare_database.execute("DROP ROLE IF EXISTS beacon_owner")
+    bare_database.execute("CREATE ROLE beacon_owner LOGIN PASSWORD 'owner-in-tests'")
+    bare_database.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_owner")
+    bare_database.commit()
+    owner_url = url_of(bare_database, server_url, user="beacon_owner", password="owner-in-tests")
+    open_functions = """
+        SELECT p.oid::regprocedure::text FROM pg_proc p
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('public', p.oid, 'EXECUTE')"""
+
+    beacon_stop.init_db(owner_url)
+    assert bare_database.execute(open_functions).fetchall() == []
+    count = "SELECT count(*) FROM pg_proc p WHERE p.pronamespace = 'public'::regnamespace"
+    assert bare_database.execute(count).fetchone()[0] > len(CALLS)
+    for name in ("installed_functions()", "job_barrier(text)", "get_job(text)"):
+        bare_database.execute(f"GRANT EXECUTE ON FUNCTION {name} TO PUBLIC")
+    bare_database.commit()
+
+    beacon_stop.init_db(owner_url)
+    assert bare_database.execute(open_functions).fetchall() == []
 
 
 def test_what_others_call_and_what_guards_runs_with_its_owners_rights_and_nothing_else_does(functions):
