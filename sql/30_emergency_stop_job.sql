@@ -176,7 +176,6 @@ CREATE OR REPLACE FUNCTION fail_job(
     id text, mark jsonb, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
-SET beacon_stop.stopping = ''
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := fail_job.id;
@@ -185,7 +184,7 @@ DECLARE
     v_job     record;
 BEGIN
     executions_stopped := 0;
-    PERFORM set_config('beacon_stop.stopping', fail_job.id, true);  -- until this function ends
+    PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
     FOR v_round IN 1..10 LOOP
         -- as_object() is written out here, because calling a function for each row would cost more than the rest.
         UPDATE executions e
@@ -213,6 +212,7 @@ BEGIN
         left_alone := CASE WHEN FOUND THEN unfinished_executions(fail_job.id) END;
         EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
     END LOOP;
+    PERFORM set_config('beacon_stop.stopping', '', true);
 
     -- Triggers of the application's that fire before ours may have taken marks away. Without any, none is looked for.
     SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS is_marked,
