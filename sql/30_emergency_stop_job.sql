@@ -169,6 +169,37 @@ BEGIN
 END;
 $$;
 
+-- require_stopped(id, at, left_alone): raises 27000 if the job, or an execution that was failed at this time, is not failed
+-- and marked, or if left_alone has executions that are active.
+CREATE OR REPLACE FUNCTION require_stopped(id text, at timestamptz, left_alone jsonb)
+RETURNS void LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id        CONSTANT jobs.id%TYPE := require_stopped.id;
+    v_status    text;
+    v_is_marked boolean;
+    v_unmarked  CONSTANT bigint := (
+        SELECT count(*)
+        FROM executions e
+        WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = require_stopped.at
+          AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE);
+BEGIN
+    SELECT j.status, j.metadata @> '{"emergency_stop": true}' INTO v_status, v_is_marked FROM jobs j WHERE j.id = v_id;
+    IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}'
+       OR (v_status IN ('completed', 'failed', 'cancelled') AND v_is_marked) IS NOT TRUE THEN
+        RAISE triggered_data_change_violation
+            USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
+                                   quote_literal(require_stopped.id)),
+                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. '
+                                  'Executions without the mark: %s.', COALESCE(v_status, 'gone'),
+                                  COALESCE(v_is_marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
+                  HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), '
+                         'and disable the one that does it.';
+    END IF;
+END;
+$$;
+
 -- fail_job(id, mark, at): fails a job and its active executions, those included that triggers start meanwhile.
 -- Returns  executions_stopped, how many executions it has failed; left_alone, as unfinished_executions
 -- Raises   triggered_data_change_violation (27000)  a trigger or a rule of the application's undid it
@@ -181,7 +212,7 @@ DECLARE
     v_id      CONSTANT jobs.id%TYPE := fail_job.id;
     v_output  CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_updated bigint;
-    v_job     record;
+    v_jobs    bigint;
 BEGIN
     executions_stopped := 0;
     PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
@@ -206,6 +237,7 @@ BEGIN
                                      || mark
                            END
             WHERE j.id = v_id;
+            GET DIAGNOSTICS v_jobs = ROW_COUNT;
         END IF;
         SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after the look that follows
         PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
@@ -214,29 +246,13 @@ BEGIN
     END LOOP;
     PERFORM set_config('beacon_stop.stopping', '', true);
 
-    -- Triggers of the application's that fire before ours may have taken marks away. Without any, none is looked for.
-    SELECT j.status, j.metadata @> '{"emergency_stop": true}' AS is_marked,
-           CASE WHEN EXISTS (SELECT FROM pg_trigger t
-                             WHERE t.tgrelid = 'executions'::regclass AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
-                THEN (SELECT count(*)
-                      FROM executions e
-                      WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = fail_job.at
-                        AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE)
-                ELSE 0
-           END AS unmarked
-    INTO v_job
-    FROM jobs j WHERE j.id = v_id;
-    IF v_job.unmarked > 0 OR left_alone ?| '{pending,running,processing}'
-       OR (v_job.status IN ('completed', 'failed', 'cancelled') AND v_job.is_marked) IS NOT TRUE THEN
-        RAISE triggered_data_change_violation
-            USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
-                                   quote_literal(fail_job.id)),
-                  DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. '
-                                  'Executions without the mark: %s.',
-                                  COALESCE(v_job.status, 'gone'), COALESCE(v_job.is_marked, false),
-                                  COALESCE(left_alone::text, 'none'), COALESCE(v_job.unmarked, 0)),
-                  HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), '
-                         'and disable the one that does it.';
+    -- Only triggers that fire before ours, and rules, can change what was written.
+    IF v_jobs <> 1 OR left_alone ?| '{pending,running,processing}'
+       OR EXISTS (SELECT FROM pg_trigger t
+                  WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass) AND NOT t.tgisinternal
+                    AND t.tgtype & 18 = 18)
+       OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
+        PERFORM require_stopped(fail_job.id, fail_job.at, left_alone);
     END IF;
 END;
 $$;

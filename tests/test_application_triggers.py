@@ -74,8 +74,9 @@ UNDOING = {
     "a trigger that keeps the executions' status": ("executions", "NEW.status := OLD.status; RETURN NEW;"),
     "a trigger that drops keys of the metadata": ("jobs", "NEW.metadata := NEW.metadata - 'emergency_stop'; RETURN NEW;"),
     "a trigger that drops keys of the output": ("executions", "NEW.output := NEW.output - 'emergency_stop'; RETURN NEW;"),
-    "a rule on the job": ("jobs", None),
-    "a rule on executions": ("executions", None),
+    "a rule on the job": ("jobs", "NOTHING"),
+    "a rule on executions": ("executions", "NOTHING"),
+    "a rule that updates another table": ("jobs", "UPDATE elsewhere SET status = NEW.status"),
 }
 
 
@@ -84,11 +85,12 @@ def test_whatever_undoes_the_stop_is_an_error_and_never_ok(make_app, db, make_jo
     """Version 1.0: ok, with survivors, or without a mark."""
     job_id = make_job(running=3, metadata={"k": 1})
     table, body = UNDOING[name]
-    if body:
+    if body.endswith(";"):
         db.execute(f"CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$")
         db.execute(f"CREATE TRIGGER undo BEFORE UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION undo()")
     else:
-        db.execute(f"CREATE RULE undo AS ON UPDATE TO {table} DO INSTEAD NOTHING")
+        db.execute("CREATE TABLE elsewhere AS SELECT 'processing' AS status")
+        db.execute(f"CREATE RULE undo AS ON UPDATE TO {table} DO INSTEAD {body}")
 
     with pytest.raises(psycopg.errors.TriggeredDataChangeViolation, match=f"job '{job_id}' could not be stopped") as refused:
         service.execute(STOP, (job_id,))
