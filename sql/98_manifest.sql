@@ -1,10 +1,7 @@
 -- The manifest: which functions this installation has made, and a checksum of each. emergency_stop_faults() compares it with
 -- what is there, so that a function that is missing, or is not the one that was installed, is found before it is needed.
 
--- function_checksums(functions): changes whenever what a function does may have changed.
--- Returns  a row for each that exists: oid, checksum
--- Raises   nothing of its own
--- Locks    nothing
+-- function_checksums(functions): a checksum of what each of these functions does, as far as they exist.
 CREATE OR REPLACE FUNCTION function_checksums(functions oid[])
 RETURNS TABLE (oid oid, checksum text) LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -17,11 +14,12 @@ BEGIN
 END;
 $$;
 
--- installed_functions(): the manifest. Whatever it lists, itself included, is closed to PUBLIC.
--- Returns  {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}
+-- installed_functions(): the manifest, as {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}. What it lists, and
+-- itself, is closed to PUBLIC here. Whoever had a right on one that was dropped has it on the one that took its place.
 DO $$
 DECLARE
     v_functions jsonb;
+    v_statement text;
 BEGIN
     -- This transaction has written these rows of the catalog, itself or in a savepoint of it. Others that are committed
     -- meanwhile do not have our search_path.
@@ -35,7 +33,20 @@ BEGIN
           AND p.proname <> 'installed_functions')) c;
     EXECUTE format('CREATE OR REPLACE FUNCTION installed_functions() RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT AS %L',
                    format('SELECT %L::jsonb', v_functions));
-    EXECUTE format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC',
-                   (SELECT string_agg(f.signature, ', ') FROM jsonb_object_keys(v_functions) AS f (signature)));
+
+    FOR v_statement IN
+        SELECT format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC', string_agg(f.signature, ', '))
+        FROM jsonb_object_keys(v_functions) AS f (signature)
+        UNION ALL
+        SELECT format('GRANT EXECUTE ON FUNCTION %s TO %s', f.signature, r.role::oid::regrole)
+        FROM jsonb_object_keys(v_functions) AS f (signature)
+        JOIN jsonb_to_recordset(current_setting('beacon_stop.rights')::jsonb) AS r (function text, role oid)
+            ON starts_with(f.signature, r.function || '(')
+        WHERE NOT has_function_privilege(r.role, f.signature, 'EXECUTE')
+        UNION ALL
+        SELECT s.statement FROM installation_steps() AS s
+    LOOP
+        EXECUTE v_statement;
+    END LOOP;
 END;
 $$;

@@ -3,7 +3,6 @@
 --
 -- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    as the installation, all of our tables at once, if there is anything to take away
-
 DO $$
 DECLARE
     v_functions regprocedure[];
@@ -18,31 +17,23 @@ BEGIN
         RETURN;
     END IF;
     PERFORM lock_all_tables();
-    v_functions := ARRAY(SELECT f.oid
-                         FROM jsonb_object_keys(installed_functions()) AS i (signature)
-                         CROSS JOIN to_regprocedure(i.signature) AS f (oid)
-                         WHERE f.oid IS NOT NULL) || 'installed_functions()'::regprocedure;
+    v_functions := array_remove(ARRAY(SELECT to_regprocedure(f.signature)
+                                      FROM jsonb_object_keys(installed_functions() || '{"installed_functions()": ""}') AS f (signature)), NULL);
     -- Triggers first: they need their functions.
     FOR v_drop IN
-        SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
-        FROM pg_trigger t
-        WHERE t.tgfoid = ANY (v_functions)
+        SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) FROM pg_trigger t WHERE t.tgfoid = ANY (v_functions)
         UNION ALL
-        SELECT format('DROP INDEX %I', i.indexname)
-        FROM pg_indexes i
-        WHERE i.schemaname = current_schema() AND i.tablename IN ('jobs', 'executions')
-          AND i.indexname IN ('executions_job_id_unfinished_idx', 'executions_job_id_id_idx', 'jobs_updated_at_ongoing_idx',
-                              'jobs_updated_at_failed_idx')
+        SELECT format('DROP INDEX %s', i.indexrelid::regclass)
+        FROM pg_index i
+        WHERE i.indrelid IN (to_regclass('jobs'), to_regclass('executions'))
+          AND i.indexrelid = ANY (ARRAY[to_regclass('executions_job_id_unfinished_idx'), to_regclass('executions_job_id_id_idx'),
+                                        to_regclass('jobs_updated_at_ongoing_idx'), to_regclass('jobs_updated_at_failed_idx')])
         UNION ALL
-        SELECT format('DROP FUNCTION %s', f.oid)
-        FROM unnest(v_functions) AS f (oid)
+        SELECT 'DROP FUNCTION ' || array_to_string(v_functions, ', ')
     LOOP
         EXECUTE v_drop;
-        IF v_drop NOT LIKE 'DROP FUNCTION %' THEN
-            RAISE NOTICE USING MESSAGE = v_drop;
-        END IF;
+        RAISE NOTICE USING MESSAGE = v_drop;
     END LOOP;
-    RAISE NOTICE USING MESSAGE = format('schema %I: %s functions dropped; the tables, their rows and the records stay',
-                                        current_schema(), cardinality(v_functions));
+    RAISE NOTICE USING MESSAGE = format('schema %I: the tables, their rows and the records stay', current_schema());
 END;
 $$;

@@ -84,7 +84,8 @@ def test_loading_again_changes_nothing_and_says_so(db, owner_url):
     before = everything(db)
 
     said, _ = install(owner_url)
-    assert said[1:] == ["table jobs: found", "table executions: found", "columns, indexes, triggers: all there already"]
+    found = [f"table {name}: found" for name in ("jobs", "executions", "emergency_stops", "batch_changes")]
+    assert said[1:] == [*found, "columns, indexes, triggers: all there already"]
     assert everything(db) == before
 
 
@@ -335,9 +336,9 @@ def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
     make_job(status="archived", running=1, queued=2, RUNNING=1, completed=1)
 
     assert install(owner_url)[1] == [
-        "table executions has rows in states that are not known: 'RUNNING', 'queued'",
-        "table jobs has rows in states that are not known: 'archived'",
-    ]
+        f"executions have the status '{status}', which is none of the six that a stop knows: it leaves them alone"
+        for status in ("RUNNING", "queued")
+    ] + ["jobs have the status 'archived', which is none of the six that are known: the batches leave them alone"]
 
 
 def test_states_in_the_statistics_are_warned_of_once(db, owner_url, make_job):
