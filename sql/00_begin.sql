@@ -11,7 +11,8 @@ BEGIN
             USING MESSAGE = 'search_path names no schema that exists: expected the one to install into';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
-    RAISE NOTICE USING MESSAGE = format('Beacon Stop goes into schema %I of database %I', current_schema(), current_database());
+    RAISE NOTICE USING
+        MESSAGE = format('Beacon Stop goes into schema %I of database %I', current_schema(), current_database());
 
     -- The functions will not see tables that are further on in search_path.
     FOR v_other IN

@@ -1,7 +1,7 @@
 -- Takes Beacon Stop away from the first schema of search_path: psql -f sql/uninstall.sql. It can be repeated.
--- What stays: the tables, all their columns and rows, and the records (emergency_stops, batch_changes) with their indexes.
+-- The tables stay, with all their columns and rows, and so do the records with their indexes.
 --
--- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or a minute where that is 0
+-- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    as the installation, all of our tables at once, if there is anything to take away
 DO $$
 DECLARE
@@ -17,17 +17,18 @@ BEGIN
         RETURN;
     END IF;
     PERFORM lock_all_tables();
-    v_functions := array_remove(ARRAY(SELECT to_regprocedure(f.signature)
-                                      FROM jsonb_object_keys(installed_functions() || '{"installed_functions()": ""}') AS f (signature)), NULL);
+    v_functions := ARRAY(SELECT f.oid
+                         FROM jsonb_object_keys(installed_functions()) AS i (signature)
+                         CROSS JOIN to_regprocedure(i.signature) AS f (oid)
+                         WHERE f.oid IS NOT NULL) || 'installed_functions()'::regprocedure;
     -- Triggers first: they need their functions.
     FOR v_drop IN
-        SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass) FROM pg_trigger t WHERE t.tgfoid = ANY (v_functions)
+        SELECT format('DROP TRIGGER %I ON %s', t.tgname, t.tgrelid::regclass)
+        FROM pg_trigger t
+        WHERE t.tgfoid = ANY (v_functions)
         UNION ALL
-        SELECT format('DROP INDEX %s', i.indexrelid::regclass)
-        FROM pg_index i
-        WHERE i.indrelid IN (to_regclass('jobs'), to_regclass('executions'))
-          AND i.indexrelid = ANY (ARRAY[to_regclass('executions_job_id_unfinished_idx'), to_regclass('executions_job_id_id_idx'),
-                                        to_regclass('jobs_updated_at_ongoing_idx'), to_regclass('jobs_updated_at_failed_idx')])
+        SELECT 'DROP INDEX IF EXISTS executions_job_id_unfinished_idx, executions_job_id_id_idx, '
+               'jobs_updated_at_ongoing_idx, jobs_updated_at_failed_idx'
         UNION ALL
         SELECT 'DROP FUNCTION ' || array_to_string(v_functions, ', ')
     LOOP
