@@ -1,9 +1,9 @@
 -- What an installation has to change, and the lock under which it does so.
 
 -- lock_all_tables(): locks all of our tables that exist in ACCESS EXCLUSIVE mode, or none of them.
--- Workers lock jobs and executions in either order. An installer that keeps one of them while it waits for the other is in
--- a deadlock with some. So each wait is short, and after one that was not enough it lets go of all. It tries often and at
--- random times, until it meets a moment at which no worker is between the two.
+-- Workers lock jobs and executions in either order. An installer that keeps one of them while it waits for the other is
+-- in a deadlock with some. So each wait is short, and after one that was not enough it lets go of all. It tries often
+-- and at random times, until it meets a moment at which no worker is between the two.
 -- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 CREATE OR REPLACE FUNCTION lock_all_tables()
 RETURNS void LANGUAGE plpgsql VOLATILE
@@ -12,10 +12,11 @@ AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_deadline     CONSTANT timestamptz := clock_timestamp() + COALESCE(NULLIF(v_lock_timeout, '0'), '1min')::interval;
-    v_first_wait   int := 100;  -- milliseconds, for the first table: it can wait for transactions as long as that
+    v_first_wait   int := 100;  -- milliseconds; the longer, the longer the transactions that it can wait for
     v_table        regclass;
-    v_tables       regclass[] := array_remove(ARRAY[to_regclass('executions'), to_regclass('jobs'),
-                                                    to_regclass('emergency_stops'), to_regclass('batch_changes')], NULL);
+    v_tables       regclass[] := ARRAY(
+        SELECT to_regclass(t.name) FROM unnest('{executions,jobs,emergency_stops,batch_changes}'::text[]) AS t (name)
+        WHERE to_regclass(t.name) IS NOT NULL);
 BEGIN
     LOOP
         BEGIN
@@ -29,13 +30,13 @@ BEGIN
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             IF clock_timestamp() > v_deadline THEN
                 RAISE lock_not_available
-                    USING MESSAGE = 'the tables are in use: nothing was changed',
-                          DETAIL = 'Sessions that use them: ' || (
-                              SELECT string_agg(DISTINCT format('pid %s (%s, %s)', l.pid, a.usename, a.application_name),
-                                                '; ')
-                              FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-                              WHERE l.granted AND l.relation = ANY (v_tables)),
-                          HINT = 'Wait for their transactions or end them, or set a longer lock_timeout; then try again.';
+                    USING MESSAGE = 'the tables are in use: nothing was changed', DETAIL = (
+                        SELECT 'They are used by ' || string_agg(DISTINCT format(
+                            'pid %s (%s, %s)', l.pid, a.usename, a.application_name), '; ')
+                        FROM pg_locks l
+                        LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+                        WHERE l.granted AND l.relation = ANY (v_tables)
+                    ), HINT = 'Wait for their transactions or end them, or set a longer lock_timeout; then try again.';
             END IF;
             IF v_table = v_tables[1] THEN
                 v_first_wait := least(v_first_wait * 2, 1600);
@@ -50,7 +51,7 @@ END;
 $$;
 
 -- missing_parts(): the columns, indexes and triggers that our tables lack, or that do not do what they should.
--- Returns  for each what the installation says, the statement that puts it right, and the fault if a stop needs that part
+-- Returns  for each what the installation says, the statement that mends it, and the fault if a stop needs that part
 --
 -- The stop finds a job's active executions, the listing a job's executions in the order of their ids, and the batches
 -- their jobs, whatever the size of the tables. A stop adds a second entry for each active execution to the index on
@@ -62,7 +63,8 @@ CREATE OR REPLACE FUNCTION missing_parts()
 RETURNS TABLE (does text, statement text, fault text) LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT format(s.does, p.name, p.table_name), format(s.statement, p.name, p.table_name, p.definition, split_part(p.shape, ' ', 1)),
+    SELECT format(s.does, p.name, p.table_name),
+           format(s.statement, p.name, p.table_name, p.definition, split_part(p.shape, ' ', 1)),
            CASE WHEN to_regclass(p.table_name) IS NOT NULL
                      AND (p.kind = 'trigger' OR p.table_name IN ('executions', 'emergency_stops'))
                 THEN format(s.fault, p.name, p.table_name) END
@@ -95,7 +97,8 @@ AS $$
             'AFTER INSERT ON executions REFERENCING NEW TABLE AS inserted FOR EACH STATEMENT'),
         ('trigger', 'executions', 'guard_updated_execution', 'guard_updated_execution() 17 WHEN',
             $q$AFTER UPDATE ON executions FOR EACH ROW WHEN (
-                (OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE OR NEW.job_id IS DISTINCT FROM OLD.job_id)$q$),
+                (OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE
+                OR NEW.job_id IS DISTINCT FROM OLD.job_id)$q$),
         ('trigger', 'jobs', 'guard_updated_job', 'guard_updated_job() 17 WHEN',
             $q$AFTER UPDATE ON jobs FOR EACH ROW WHEN (OLD.status = ANY ('{completed,failed,cancelled}'))$q$),
         ('trigger', 'emergency_stops', 'append_only', 'keep_append_only() 58',
@@ -142,8 +145,8 @@ SET search_path FROM CURRENT
 AS $$
     SELECT format('function %s: dropped', p.oid::regprocedure), format('DROP FUNCTION %s', p.oid::regprocedure)
     FROM pg_proc p
-    LEFT JOIN pg_attribute a
-        ON a.attrelid = to_regclass(CASE p.proname WHEN 'to_job_id' THEN 'jobs' ELSE 'executions' END) AND a.attname = 'id'
+    LEFT JOIN pg_attribute a ON a.attname = 'id'
+        AND a.attrelid = to_regclass(CASE p.proname WHEN 'to_job_id' THEN 'jobs' ELSE 'executions' END)
     LEFT JOIN pg_type t ON t.oid = a.atttypid
     WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
       AND CASE
@@ -153,14 +156,14 @@ AS $$
           -- Version 1.0 had these with other arguments or results.
           WHEN p.proname = 'emergency_stop_blockers' THEN NOT 'database_user' = ANY (p.proargnames)
           ELSE p.oid::regprocedure::text IN (
-              'emergency_stop_end_blockers(text)', 'emergency_stop_job(text,text)', 'emergency_stop_jobs(text[],text[])',
-              'list_executions(text,text,bigint,bigint,bigint)')
+              'emergency_stop_end_blockers(text)', 'emergency_stop_job(text,text)',
+              'emergency_stop_jobs(text[],text[])', 'list_executions(text,text,bigint,bigint,bigint)')
       END
     UNION ALL
-    SELECT format('index %s of version 1.0: dropped', i.indexrelid::regclass), format('DROP INDEX %s', i.indexrelid::regclass)
-    FROM pg_index i
-    WHERE i.indexrelid = to_regclass('executions_job_id_active_idx') AND i.indrelid = to_regclass('executions')
-       OR i.indexrelid = to_regclass('jobs_updated_at_unfinished_idx') AND i.indrelid = to_regclass('jobs')
+    SELECT format('index %s of version 1.0: dropped', o.name), format('DROP INDEX %I', o.name)
+    FROM (VALUES ('executions_job_id_active_idx', 'executions'), ('jobs_updated_at_unfinished_idx', 'jobs'))
+        AS o (name, table_name)
+    JOIN pg_index i ON i.indexrelid = to_regclass(o.name) AND i.indrelid = to_regclass(o.table_name)
     UNION ALL
     SELECT m.does, m.statement FROM missing_parts() AS m;
 $$;

@@ -9,9 +9,9 @@ DECLARE
 BEGIN
     WITH columns AS (
         SELECT n.table_name, u.column_name, n.types, a.atttypid::regtype AS type, a.attgenerated, t.typcategory,
-               c.collname, c.collisdeterministic,
+               c.collname, c.collisdeterministic, array_to_string(n.types, ' or ') AS expected,
                CASE a.atttypid WHEN 'varchar'::regtype THEN NULLIF(a.atttypmod, -1) - 4 END AS max_length,
-               format('column %s.%s', n.table_name, u.column_name) AS title, array_to_string(n.types, ' or ') AS expected
+               format('column %s.%s', n.table_name, u.column_name) AS title
         FROM (VALUES
             ('jobs', '{id}'::name[], '{text,varchar,uuid,bigint,int}'::regtype[]),
             ('executions', '{id,job_id}', '{text,varchar,uuid,bigint,int,smallint}'),
@@ -85,8 +85,7 @@ BEGIN
         PERFORM lock_all_tables();
     END IF;
     FOREACH v_table IN ARRAY '{jobs,executions,emergency_stops,batch_changes}'::text[] LOOP
-        RAISE NOTICE USING
-            MESSAGE = format('table %s: %s', v_table, CASE WHEN to_regclass(v_table) IS NULL THEN 'made' ELSE 'found' END);
+        RAISE NOTICE 'table %: %', v_table, CASE WHEN to_regclass(v_table) IS NULL THEN 'made' ELSE 'found' END;
     END LOOP;
     IF to_regclass('jobs') IS NULL THEN
         CREATE TABLE jobs (

@@ -25,13 +25,14 @@ BEGIN
                       'functions call: REVOKE CREATE ON SCHEMA %1$I FROM PUBLIC', current_schema())
         WHERE has_schema_privilege('public', current_schema(), 'CREATE')
         UNION
-        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: it leaves them alone',
-                      e.status)
+        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '
+                      'it leaves them alone', e.status)
         FROM executions e
-        WHERE e.status NOT IN ('completed', 'failed', 'cancelled') AND e.status NOT IN ('pending', 'running', 'processing')
+        WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
+          AND e.status NOT IN ('pending', 'running', 'processing')
         UNION
-        SELECT format('warning: jobs have the status %L, which is none of the six that are known: the batches leave them alone',
-                      j.status)
+        SELECT format('warning: jobs have the status %L, which is none of the six that are known: '
+                      'the batches leave them alone', j.status)
         FROM (SELECT o.status FROM jobs o LIMIT 100000) AS j
         WHERE j.status NOT IN ('created', 'pending', 'processing', 'completed', 'failed', 'cancelled')
         ORDER BY 1
