@@ -1,139 +1,91 @@
--- The tables jobs and executions: refuses what cannot work, then makes and adds what is missing, under one lock.
--- Loaded again, over a running system, at any time: where nothing is missing, nothing is locked.
+-- The tables: refuses what cannot work, then makes and adds what is missing, under one lock of all of them.
+-- Where nothing is missing, nothing is locked.
 --
--- Raises   wrong_object_type (42809)         jobs or executions is not an ordinary table
---          undefined_column (42703)          an existing table lacks a column that cannot be made up
---          datatype_mismatch (42804)         a column of an existing table has a type that cannot work
---          collation_mismatch (42P21)        the collation of an id cannot work
---          invalid_table_definition (42P16)  jobs.id is not unique
+-- Raises   invalid_table_definition (42P16)  an existing table cannot work; the message says what is in the way
 --          lock_not_available (55P03)        others use the tables; nothing was changed
-
--- Existing tables: each column that is used.
 DO $$
 DECLARE
-    v_text CONSTANT regtype[] := '{text,varchar}';
-    v_time CONSTANT regtype[] := '{timestamptz,timestamp}';
-    v_id   CONSTANT regtype[] := '{text,varchar,uuid,bigint,int}';
-    v_need record;
-    v_kind "char";
-    v_is   record;
+    v_refused text[];
 BEGIN
-    FOR v_need IN
-        SELECT n.*
+    WITH columns AS (
+        SELECT n.table_name, u.column_name, n.types, a.atttypid::regtype AS type, a.attgenerated, t.typcategory,
+               c.collname, c.collisdeterministic, array_to_string(n.types, ' or ') AS expected,
+               CASE a.atttypid WHEN 'varchar'::regtype THEN NULLIF(a.atttypmod, -1) - 4 END AS max_length,
+               format('column %s.%s', n.table_name, u.column_name) AS title
         FROM (VALUES
-            ('jobs',       'id',           v_id,                 1, false),
-            ('jobs',       'status',       v_text,               7, false),
-            ('jobs',       'metadata',     '{jsonb}'::regtype[], 0, true),
-            ('jobs',       'created_at',   v_time,               0, true),
-            ('jobs',       'updated_at',   v_time,               0, true),
-            ('executions', 'id',           v_id || 'smallint'::regtype, 1, false),
-            ('executions', 'job_id',       v_id || 'smallint'::regtype, 1, false),
-            ('executions', 'status',       v_text,               7, false),
-            ('executions', 'output',       '{jsonb}'::regtype[], 0, true),
-            ('executions', 'created_at',   v_time,               0, true),
-            ('executions', 'started_at',   v_time,               0, true),
-            ('executions', 'completed_at', v_time,               0, true)
-        ) AS n (table_name, column_name, types, min_length, can_be_added)
-        WHERE to_regclass(n.table_name) IS NOT NULL
-    LOOP
-        -- Rows that move between partitions, or are written to a child, pass by the triggers of the guard.
-        SELECT c.relkind INTO v_kind FROM pg_class c WHERE c.oid = to_regclass(v_need.table_name);
-        IF v_kind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE to_regclass(v_need.table_name) IN (i.inhrelid, i.inhparent)) THEN
-            RAISE wrong_object_type
-                USING MESSAGE = format('%s is not an ordinary table: expected one without partitions or children', v_need.table_name);
-        END IF;
-
-        -- varchar(n) has n + 4 as its modifier.
-        SELECT a.atttypid::regtype AS type, a.atttypmod - 4 AS size, a.attgenerated <> '' AS is_generated,
-               COALESCE(NOT c.collisdeterministic, false) AS is_ambiguous, c.collname
-        INTO v_is
-        FROM pg_attribute a
+            ('jobs', '{id}'::name[], '{text,varchar,uuid,bigint,int}'::regtype[]),
+            ('executions', '{id,job_id}', '{text,varchar,uuid,bigint,int,smallint}'),
+            ('jobs', '{status}', '{text,varchar}'),
+            ('executions', '{status}', '{text,varchar}'),
+            ('jobs', '{metadata}', '{jsonb}'),
+            ('executions', '{output}', '{jsonb}'),
+            ('jobs', '{created_at,updated_at}', '{timestamptz,timestamp}'),
+            ('executions', '{created_at,started_at,completed_at}', '{timestamptz,timestamp}')
+        ) AS n (table_name, column_names, types)
+        CROSS JOIN unnest(n.column_names) AS u (column_name)
+        LEFT JOIN pg_attribute a
+            ON a.attrelid = to_regclass(n.table_name) AND a.attname = u.column_name AND NOT a.attisdropped
+        LEFT JOIN pg_type t ON t.oid = a.atttypid
         LEFT JOIN pg_collation c ON c.oid = a.attcollation
-        WHERE a.attrelid = to_regclass(v_need.table_name) AND a.attname = v_need.column_name AND NOT a.attisdropped;
-        IF NOT FOUND THEN
-            CONTINUE WHEN v_need.can_be_added;
-            RAISE undefined_column
-                USING MESSAGE = format('column %s.%s is missing: expected %s',
-                                       v_need.table_name, v_need.column_name, array_to_string(v_need.types, ' or '));
-        ELSIF v_is.is_generated THEN
-            RAISE datatype_mismatch
-                USING MESSAGE = format('column %s.%s is generated: expected one that can be set', v_need.table_name, v_need.column_name);
-        ELSIF v_is.type <> ALL (v_need.types) THEN
-            RAISE datatype_mismatch
-                USING MESSAGE = format('column %s.%s has type %s: expected %s',
-                                       v_need.table_name, v_need.column_name, v_is.type, array_to_string(v_need.types, ' or '));
-        ELSIF v_is.size BETWEEN 1 AND v_need.min_length - 1 AND v_is.type = 'varchar'::regtype THEN
-            RAISE datatype_mismatch
-                USING MESSAGE = format('column %s.%s is varchar(%s): expected room for at least %s characters',
-                                       v_need.table_name, v_need.column_name, v_is.size, v_need.min_length);
-        ELSIF v_is.is_ambiguous AND v_need.column_name <> 'status' THEN
-            RAISE collation_mismatch
-                USING MESSAGE = format('column %s.%s has the nondeterministic collation %I: expected one in which only the same '
-                                       'text is equal', v_need.table_name, v_need.column_name, v_is.collname);
-        END IF;
-    END LOOP;
-END;
-$$;
-
--- Existing tables: what belongs together.
-DO $$
-DECLARE
-    v_job_id       record;
-    v_execution_id record;
-BEGIN
-    IF to_regclass('jobs') IS NOT NULL AND NOT EXISTS (
-        SELECT
-        FROM pg_index i
-        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-        WHERE i.indrelid = to_regclass('jobs') AND i.indisunique AND i.indisvalid
-          AND i.indpred IS NULL AND i.indnkeyatts = 1 AND a.attname = 'id'
-    ) THEN
+    ), refusals (message) AS (
+        -- Rows that move between partitions, or are written to a child, pass by the triggers of the guard.
+        SELECT format('%s is not an ordinary table: expected one without partitions or children', c.relname)
+        FROM pg_class c
+        WHERE c.oid IN (to_regclass('jobs'), to_regclass('executions'))
+          AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)))
+        UNION ALL
+        SELECT CASE
+            WHEN c.type IS NULL AND c.column_name IN ('id', 'job_id', 'status') THEN
+                format('%s is missing: expected %s', c.title, c.expected)
+            WHEN c.attgenerated <> '' THEN format('%s is generated: expected one that can be set', c.title)
+            WHEN c.type <> ALL (c.types) THEN format('%s has type %s: expected %s', c.title, c.type, c.expected)
+            WHEN c.column_name = 'status' AND c.max_length < length('pending') THEN
+                format('%s is varchar(%s): expected room for at least 7 characters', c.title, c.max_length)
+            WHEN c.column_name <> 'status' AND NOT c.collisdeterministic THEN
+                format('%s has the nondeterministic collation %I: expected one in which only the same text is equal',
+                       c.title, c.collname)
+        END
+        FROM columns c
+        WHERE to_regclass(c.table_name) IS NOT NULL
+        UNION ALL
+        SELECT 'column jobs.id is not unique: expected a primary key or a unique index on it alone'
+        WHERE to_regclass('jobs') IS NOT NULL AND NOT EXISTS (
+            SELECT
+            FROM pg_index i
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attname = 'id'
+            WHERE i.indrelid = to_regclass('jobs') AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+              AND i.indnkeyatts = 1)
+        UNION ALL
+        -- A new table of jobs has ids of type text. Types of one category compare: texts, integers, uuid.
+        SELECT CASE
+            WHEN e.typcategory <> COALESCE(j.typcategory, 'S') THEN
+                format('%s has type %s: expected one that compares with jobs.id, which has type %s',
+                       e.title, e.type, COALESCE(j.type, 'text'::regtype))
+            WHEN e.collname <> COALESCE(j.collname, 'default') THEN
+                format('%s has the collation %I: expected that of jobs.id, %I',
+                       e.title, e.collname, COALESCE(j.collname, 'default'))
+        END
+        FROM columns e
+        JOIN columns j ON j.title = 'column jobs.id' AND e.title = 'column executions.job_id'
+    )
+    SELECT array_agg(r.message) INTO v_refused FROM refusals r WHERE r.message IS NOT NULL;
+    IF v_refused IS NOT NULL THEN
         RAISE invalid_table_definition
-            USING MESSAGE = 'column jobs.id is not unique: expected a primary key or a unique index on it alone';
-    END IF;
-
-    -- A new table of jobs has ids of type text. Types of one category compare: texts, integers, uuid.
-    SELECT COALESCE(j.atttypid, 'text'::regtype)::regtype AS type, COALESCE(c.collname, 'default') AS collation,
-           COALESCE(t.typcategory, 'S') AS category
-    INTO v_job_id
-    FROM (SELECT) AS one
-    LEFT JOIN pg_attribute j ON j.attrelid = to_regclass('jobs') AND j.attname = 'id'
-    LEFT JOIN pg_type t ON t.oid = j.atttypid
-    LEFT JOIN pg_collation c ON c.oid = j.attcollation;
-
-    SELECT e.atttypid::regtype AS type, COALESCE(c.collname, 'default') AS collation, t.typcategory AS category
-    INTO v_execution_id
-    FROM pg_attribute e
-    JOIN pg_type t ON t.oid = e.atttypid
-    LEFT JOIN pg_collation c ON c.oid = e.attcollation
-    WHERE e.attrelid = to_regclass('executions') AND e.attname = 'job_id';
-    IF v_execution_id.category <> v_job_id.category THEN
-        RAISE datatype_mismatch
-            USING MESSAGE = format('column executions.job_id has type %s: expected one that compares with jobs.id, which has type %s',
-                                   v_execution_id.type, v_job_id.type);
-    ELSIF v_execution_id.collation <> v_job_id.collation THEN
-        RAISE collation_mismatch
-            USING MESSAGE = format('column executions.job_id has the collation %I: expected that of jobs.id, %I',
-                                   v_execution_id.collation, v_job_id.collation);
+            USING MESSAGE = v_refused[1], DETAIL = array_to_string(v_refused, E'\n'),
+                  HINT = 'Nothing was installed or changed.';
     END IF;
 END;
 $$;
 
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM installation_steps()) THEN
-        PERFORM lock_all_tables();
-    END IF;
-END;
-$$;
-
--- What is not there at all.
 DO $$
 DECLARE
     v_table text;
 BEGIN
-    FOREACH v_table IN ARRAY '{jobs,executions}'::text[] LOOP
-        RAISE NOTICE USING MESSAGE = format('table %s: %s', v_table, CASE WHEN to_regclass(v_table) IS NULL THEN 'made' ELSE 'found' END);
+    IF EXISTS (SELECT FROM installation_steps()) THEN
+        PERFORM lock_all_tables();
+    END IF;
+    FOREACH v_table IN ARRAY '{jobs,executions,emergency_stops,batch_changes}'::text[] LOOP
+        RAISE NOTICE 'table %: %', v_table, CASE WHEN to_regclass(v_table) IS NULL THEN 'made' ELSE 'found' END;
     END LOOP;
     IF to_regclass('jobs') IS NULL THEN
         CREATE TABLE jobs (
@@ -145,20 +97,94 @@ BEGIN
         );
     END IF;
     IF to_regclass('executions') IS NULL THEN
-        CREATE TABLE executions (
-            id           bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY WITH (fillfactor = 60),
-            job_id       text NOT NULL,
-            status       text NOT NULL DEFAULT 'pending',
-            output       jsonb,
-            created_at   timestamptz NOT NULL DEFAULT now(),
-            started_at   timestamptz,
-            completed_at timestamptz
-        );
-        EXECUTE (
-            SELECT format('ALTER TABLE executions ALTER COLUMN job_id TYPE %s %s USING NULL, ADD FOREIGN KEY (job_id) REFERENCES jobs (id)',
-                          format_type(a.atttypid, a.atttypmod), 'COLLATE ' || NULLIF(a.attcollation, 0)::regcollation)
+        -- Its job_id has the type of the jobs that are there.
+        EXECUTE (SELECT format('
+            CREATE TABLE executions (
+                id           bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY WITH (fillfactor = 60),
+                job_id       %s %s NOT NULL REFERENCES jobs (id),
+                status       text NOT NULL DEFAULT ''pending'',
+                output       jsonb,
+                created_at   timestamptz NOT NULL DEFAULT now(),
+                started_at   timestamptz,
+                completed_at timestamptz
+            )', format_type(a.atttypid, a.atttypmod), 'COLLATE ' || NULLIF(a.attcollation, 0)::regcollation)
             FROM pg_attribute a
             WHERE a.attrelid = to_regclass('jobs') AND a.attname = 'id');
+    END IF;
+    IF to_regclass('emergency_stops') IS NULL THEN
+        CREATE TABLE emergency_stops (
+            id                 bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            action             text NOT NULL DEFAULT 'stop' CHECK (action IN ('stop', 'release')),
+            job_id             text NOT NULL,  -- jobs.id as text; no foreign key, since the record outlives the job
+            previous_status    text NOT NULL,
+            new_status         text,
+            executions_stopped bigint NOT NULL CHECK (executions_stopped >= 0),
+            sessions_ended     int NOT NULL DEFAULT 0 CHECK (sessions_ended >= 0),
+            reason             text CHECK (length(reason) <= 1000),
+            caller             jsonb CHECK (jsonb_typeof(caller) = 'object'),
+            stopped_by         text NOT NULL DEFAULT 'admin',
+            database_user      text NOT NULL DEFAULT session_user,
+            client_address     inet DEFAULT inet_client_addr(),
+            stopped_at         timestamptz NOT NULL
+        );
+    END IF;
+    IF to_regclass('batch_changes') IS NULL THEN
+        CREATE TABLE batch_changes (
+            id                 bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+            operation          text NOT NULL CHECK (operation IN ('timeout_stuck_jobs', 'repair_stuck_jobs')),
+            job_id             text NOT NULL,
+            previous_status    text NOT NULL,
+            executions_stopped bigint CHECK (executions_stopped >= 0),
+            attempt            int CHECK (attempt > 0),
+            changed_by         text NOT NULL DEFAULT 'admin',
+            database_user      text NOT NULL DEFAULT session_user,
+            client_address     inet DEFAULT inet_client_addr(),
+            changed_at         timestamptz NOT NULL,
+            CHECK (CASE operation WHEN 'timeout_stuck_jobs' THEN executions_stopped ELSE attempt END IS NOT NULL)
+        );
+    END IF;
+END;
+$$;
+COMMENT ON TABLE emergency_stops IS
+    'Append-only: a row for each stop and each release, made at stopped_at. Rows of version 1.0 have no new_status.';
+COMMENT ON TABLE batch_changes IS
+    'Append-only: a row for each job that timeout_stuck_jobs or repair_stuck_jobs has changed.';
+
+-- keep_append_only(): trigger of both records. Nobody but the owner may change them, whatever rights were granted.
+-- Raises   insufficient_privilege (42501)
+CREATE OR REPLACE FUNCTION keep_append_only()
+RETURNS trigger LANGUAGE plpgsql SECURITY INVOKER
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF current_user <> (SELECT pg_get_userbyid(c.relowner) FROM pg_class c WHERE c.oid = TG_RELID) THEN
+        RAISE insufficient_privilege
+            USING MESSAGE = format('table %s is append-only', TG_TABLE_NAME),
+                  HINT = 'Only its owner may change or remove a row.';
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
+DO $$
+DECLARE
+    v_step record;
+BEGIN
+    -- 98_manifest.sql gives the rights on functions that are dropped to those that replace them.
+    PERFORM set_config('beacon_stop.rights', (
+        SELECT COALESCE(jsonb_agg(DISTINCT jsonb_build_object('function', p.proname, 'role', g.grantee)), '[]')::text
+        FROM pg_proc p, aclexplode(p.proacl) AS g
+        WHERE p.pronamespace = quote_ident(current_schema())::regnamespace AND g.grantee NOT IN (0, p.proowner)
+          AND 'search_path=' || current_setting('search_path') = ANY (p.proconfig)), true);
+    FOR v_step IN SELECT * FROM installation_steps() LOOP
+        RAISE NOTICE USING MESSAGE = v_step.does;
+        -- Triggers need their functions: 98_manifest.sql makes them.
+        IF v_step.does NOT LIKE 'trigger %' THEN
+            EXECUTE v_step.statement;
+        END IF;
+    END LOOP;
+    IF NOT FOUND THEN
+        RAISE NOTICE 'columns, indexes, triggers: all there already';
     END IF;
 END;
 $$;

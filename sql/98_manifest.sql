@@ -1,10 +1,7 @@
--- The manifest: which functions this installation has made, and a checksum of each. emergency_stop_faults() compares it with
--- what is there, so that a function that is missing, or is not the one that was installed, is found before it is needed.
+-- The manifest: which functions this installation has made, and a checksum of each. emergency_stop_faults() compares it
+-- with what is there: it finds a function that is missing, or is not the one that was installed, before it is needed.
 
--- function_checksums(functions): changes whenever what a function does may have changed.
--- Returns  a row for each that exists: oid, checksum
--- Raises   nothing of its own
--- Locks    nothing
+-- function_checksums(functions): a checksum of what each of these functions does, as far as they exist.
 CREATE OR REPLACE FUNCTION function_checksums(functions oid[])
 RETURNS TABLE (oid oid, checksum text) LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -17,11 +14,11 @@ BEGIN
 END;
 $$;
 
--- installed_functions(): the manifest. Whatever it lists, itself included, is closed to PUBLIC.
--- Returns  {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}
+-- installed_functions(): the manifest, as {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}.
 DO $$
 DECLARE
     v_functions jsonb;
+    v_statement text;
 BEGIN
     -- This transaction has written these rows of the catalog, itself or in a savepoint of it. Others that are committed
     -- meanwhile do not have our search_path.
@@ -33,9 +30,34 @@ BEGIN
           AND age(p.xmin) <= age(pg_current_xact_id()::xid)
           AND p.proconfig @> ARRAY['search_path=' || current_setting('search_path')]
           AND p.proname <> 'installed_functions')) c;
-    EXECUTE format('CREATE OR REPLACE FUNCTION installed_functions() RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT AS %L',
-                   format('SELECT %L::jsonb', v_functions));
-    EXECUTE format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC',
-                   (SELECT string_agg(f.signature, ', ') FROM jsonb_object_keys(v_functions) AS f (signature)));
+    EXECUTE format('
+        CREATE OR REPLACE FUNCTION installed_functions()
+        RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT
+        AS %L', format('SELECT %L::jsonb', v_functions));
+
+    -- What it lists is closed to PUBLIC, and so is itself. A role that had a right on a function that was dropped gets
+    -- it on the one that took its place. Default privileges of the installer may have opened the records for more than
+    -- reading. Triggers have their functions now.
+    FOR v_statement IN
+        SELECT format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC', string_agg(f.signature, ', '))
+        FROM jsonb_object_keys(v_functions) AS f (signature)
+        UNION ALL
+        SELECT format('GRANT EXECUTE ON FUNCTION %s TO %s', f.signature, r.role::oid::regrole)
+        FROM jsonb_object_keys(v_functions) AS f (signature)
+        JOIN jsonb_to_recordset(current_setting('beacon_stop.rights')::jsonb) AS r (function text, role oid)
+            ON starts_with(f.signature, r.function || '(')
+        WHERE NOT has_function_privilege(r.role, f.signature, 'EXECUTE')
+        UNION ALL
+        SELECT format('REVOKE %s ON %s FROM %s', g.privilege_type, c.oid::regclass,
+                      CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END)
+        FROM pg_class c, aclexplode(c.relacl) AS g
+        WHERE c.oid IN (to_regclass('emergency_stops'), to_regclass('emergency_stops_id_seq'),
+                        to_regclass('batch_changes'), to_regclass('batch_changes_id_seq'))
+          AND g.grantee <> c.relowner AND (g.privilege_type <> 'SELECT' OR g.grantee = 0 OR c.relkind = 'S')
+        UNION ALL
+        SELECT s.statement FROM installation_steps() AS s
+    LOOP
+        EXECUTE v_statement;
+    END LOOP;
 END;
 $$;

@@ -4,7 +4,6 @@ BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 \ir 00_begin.sql
 \ir 05_changes.sql
 \ir 10_tables.sql
-\ir 11_records.sql
 \ir 15_helpers.sql
 \ir 20_guard.sql
 \ir 30_emergency_stop_job.sql

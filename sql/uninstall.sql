@@ -1,9 +1,8 @@
 -- Takes Beacon Stop away from the first schema of search_path: psql -f sql/uninstall.sql. It can be repeated.
--- What stays: the tables, all their columns and rows, and the records (emergency_stops, batch_changes) with their indexes.
+-- The tables stay, with all their columns and rows, and so do the records with their indexes.
 --
--- Raises   lock_not_available (55P03)  others have used the tables for longer than lock_timeout, or a minute where that is 0
+-- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    as the installation, all of our tables at once, if there is anything to take away
-
 DO $$
 DECLARE
     v_functions regprocedure[];
@@ -28,21 +27,14 @@ BEGIN
         FROM pg_trigger t
         WHERE t.tgfoid = ANY (v_functions)
         UNION ALL
-        SELECT format('DROP INDEX %I', i.indexname)
-        FROM pg_indexes i
-        WHERE i.schemaname = current_schema() AND i.tablename IN ('jobs', 'executions')
-          AND i.indexname IN ('executions_job_id_unfinished_idx', 'executions_job_id_id_idx', 'jobs_updated_at_ongoing_idx',
-                              'jobs_updated_at_failed_idx')
+        SELECT 'DROP INDEX IF EXISTS executions_job_id_unfinished_idx, executions_job_id_id_idx, '
+               'jobs_updated_at_ongoing_idx, jobs_updated_at_failed_idx'
         UNION ALL
-        SELECT format('DROP FUNCTION %s', f.oid)
-        FROM unnest(v_functions) AS f (oid)
+        SELECT 'DROP FUNCTION ' || array_to_string(v_functions, ', ')
     LOOP
         EXECUTE v_drop;
-        IF v_drop NOT LIKE 'DROP FUNCTION %' THEN
-            RAISE NOTICE USING MESSAGE = v_drop;
-        END IF;
+        RAISE NOTICE USING MESSAGE = v_drop;
     END LOOP;
-    RAISE NOTICE USING MESSAGE = format('schema %I: %s functions dropped; the tables, their rows and the records stay',
-                                        current_schema(), cardinality(v_functions));
+    RAISE NOTICE USING MESSAGE = format('schema %I: the tables, their rows and the records stay', current_schema());
 END;
 $$;

@@ -1,4 +1,4 @@
-"""sql/10_tables.sql, 11_records.sql, 15_helpers.sql: tables as people have them, and the functions on them."""
+"""sql/10_tables.sql, 15_helpers.sql: tables as people have them, and the functions on them."""
 
 from typing import Any, NamedTuple
 
