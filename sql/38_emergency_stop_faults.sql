@@ -1,89 +1,77 @@
 -- emergency_stop_faults(): what would keep a stop from working, or from lasting, if the caller made it now.
--- Returns  a sentence for each fault, none if there is none; one that begins with "warning: " does not keep a stop from working
+-- Returns  a sentence for each fault, none if there is none; one that begins with "warning: " does not keep a stop from
+--          working
 -- Raises   nothing of its own
 -- Locks    nothing; it also works on a standby, and takes a few milliseconds at most
 --
 -- It reads the catalogs only, no rows of the tables.
 
--- function_faults(caller, owner): functions that are missing, are not those that were installed, or that may not be executed:
--- those that the service calls by the caller, all of them by their owner.
--- Returns  a sentence for each
--- Raises   nothing of its own
--- Locks    nothing
+-- function_faults(caller, owner): functions that are missing, are not those that were installed, or that may not be
+-- executed: those that the service calls by the caller, all of them by their owner.
 CREATE OR REPLACE FUNCTION function_faults(caller name, owner name)
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
-DECLARE
-    -- What the service calls; workers call confirm_stopped.
-    v_called    CONSTANT name[] := '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,
-                                     runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}'::name[];
-    v_installed jsonb;
-    v_function  record;
 BEGIN
     IF to_regprocedure('installed_functions()') IS NULL OR to_regprocedure('function_checksums(oid[])') IS NULL THEN
         RETURN NEXT 'the installation is not complete: the list of the functions that were installed is missing';
         RETURN;
     END IF;
-    v_installed := installed_functions();
     RETURN QUERY
-        SELECT format('function %s is missing', c.name)
-        FROM unnest(v_called) AS c (name)
-        WHERE NOT EXISTS (SELECT FROM jsonb_object_keys(v_installed) k WHERE k LIKE c.name || '(%');
-    FOR v_function IN
-        SELECT i.key AS signature, split_part(i.key, '(', 1) AS name, c.oid, c.checksum IS DISTINCT FROM i.value AS changed
-        FROM jsonb_each_text(v_installed) i
-        LEFT JOIN function_checksums(ARRAY(SELECT to_regprocedure(k)::oid FROM jsonb_object_keys(v_installed) k)) c
-            ON c.oid = to_regprocedure(i.key)
-        ORDER BY i.key
-    LOOP
-        IF v_function.oid IS NULL AND EXISTS (
-            SELECT FROM pg_proc p
-            WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = v_function.name
-        ) THEN
-            RETURN NEXT format('function %s is missing: the one that is there has other arguments', v_function.signature);
-        ELSIF v_function.oid IS NULL THEN
-            RETURN NEXT format('function %s is missing', v_function.signature);
-        ELSIF v_function.changed THEN
-            RETURN NEXT format('function %s is not the one that was installed: it was changed since', v_function.signature);
-        ELSIF v_function.name = ANY (v_called) AND NOT has_function_privilege(caller, v_function.oid, 'EXECUTE') THEN
-            RETURN NEXT format('role %I may not execute function %s', caller, v_function.signature);
-        ELSIF NOT has_function_privilege(owner, v_function.oid, 'EXECUTE') THEN
-            RETURN NEXT format('role %I, which owns emergency_stop_job, may not execute function %s', owner, v_function.signature);
-        END IF;
-    END LOOP;
+        WITH installed AS (
+            SELECT i.key AS signature, split_part(i.key, '(', 1) AS name, i.value AS checksum,
+                   to_regprocedure(i.key)::oid AS oid
+            FROM jsonb_each_text(installed_functions()) i
+        ), checked AS (
+            SELECT i.signature, CASE
+                WHEN i.oid IS NULL AND to_regproc(i.name) IS NULL THEN format('function %s is missing', i.signature)
+                WHEN i.oid IS NULL THEN
+                    format('function %s is missing: the one that is there has other arguments', i.signature)
+                WHEN c.checksum IS DISTINCT FROM i.checksum THEN
+                    format('function %s is not the one that was installed: it was changed since', i.signature)
+                WHEN NOT has_function_privilege(caller, i.oid, 'EXECUTE') AND i.name IN (
+                    'get_job', 'emergency_stop_job', 'emergency_stop_jobs', 'emergency_stop_dry_run', 'emergency_stop_status',
+                    'release_job', 'runaway_jobs', 'list_executions', 'timeout_stuck_jobs', 'repair_stuck_jobs') THEN
+                    format('role %I may not execute function %s', caller, i.signature)
+                WHEN NOT has_function_privilege(owner, i.oid, 'EXECUTE') THEN
+                    format('role %I, which owns emergency_stop_job, may not execute function %s', owner, i.signature)
+                END AS fault
+            FROM installed i
+            LEFT JOIN function_checksums(ARRAY(SELECT n.oid FROM installed n)) c ON c.oid = i.oid
+        )
+        SELECT c.fault FROM checked c WHERE c.fault IS NOT NULL ORDER BY c.signature;
 END;
 $$;
-REVOKE ALL ON FUNCTION function_faults(name, name) FROM PUBLIC;
-COMMENT ON FUNCTION function_faults(name, name) IS 'Which functions are missing, were changed, or may not be executed by their caller or their owner.';
 
--- table_faults(owner): what is wrong with the tables, if the functions run as this role.
--- Returns  a sentence for each
--- Raises   nothing of its own
--- Locks    nothing
-CREATE OR REPLACE FUNCTION table_faults(owner name)
+-- setup_faults(owner): what is wrong with the tables, and what makes a stop less than it could be, for this role.
+CREATE OR REPLACE FUNCTION setup_faults(owner name)
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 BEGIN
     RETURN QUERY
-        WITH tables (name, oid) AS (
-            SELECT t.name, to_regclass(t.name)::oid FROM unnest('{jobs,executions,emergency_stops,batch_changes}'::text[]) AS t (name)
+        WITH tables AS (
+            SELECT t.name, to_regclass(t.name)::oid AS oid
+            FROM unnest('{jobs,executions,emergency_stops,batch_changes}'::text[]) AS t (name)
         )
         SELECT format('table %s is missing', t.name) FROM tables t WHERE t.oid IS NULL
         UNION ALL
-        SELECT format('role %I, which owns the functions, may not %s %s', owner, p.verb, p.table_name)
-        FROM (VALUES ('jobs', 'SELECT', 'read table'), ('jobs', 'UPDATE', 'update table'), ('executions', 'SELECT', 'read table'),
-                     ('executions', 'UPDATE', 'update table'), ('emergency_stops', 'SELECT', 'read table'),
-                     ('emergency_stops', 'INSERT', 'add rows to table')) AS p (table_name, privilege, verb)
-        JOIN tables t ON t.name = p.table_name AND NOT has_table_privilege(owner, t.oid, p.privilege)
+        SELECT format('role %I, which owns the functions, may not %s %s', owner, p.verb, t.name)
+        FROM (VALUES ('jobs', 'SELECT', 'read table'), ('jobs', 'UPDATE', 'update table'),
+                     ('executions', 'SELECT', 'read table'), ('executions', 'UPDATE', 'update table'),
+                     ('emergency_stops', 'SELECT', 'read table'), ('emergency_stops', 'INSERT', 'add rows to table')
+        ) AS p (name, privilege, verb)
+        JOIN tables t USING (name)
+        WHERE NOT has_table_privilege(owner, t.oid, p.privilege)
         UNION ALL
-        SELECT format('trigger %s on table %s is %s', w.name, w.table_name, CASE WHEN g.oid IS NULL THEN 'missing' ELSE 'disabled' END)
-        FROM (VALUES ('guard_inserted_executions', 'executions', 'guard_inserted_executions()', 4, false),
-                     ('guard_updated_execution', 'executions', 'guard_updated_execution()', 17, true),
-                     ('guard_updated_job', 'jobs', 'guard_updated_job()', 17, true),
-                     ('append_only', 'emergency_stops', 'keep_append_only()', 58, false),
-                     ('append_only', 'batch_changes', 'keep_append_only()', 58, false)) AS w (name, table_name, function, type, has_when)
+        SELECT format('trigger %s on table %s is %s', w.name, t.name,
+                      CASE WHEN g.oid IS NULL THEN 'missing' ELSE 'disabled' END)
+        FROM (VALUES ('executions', 'guard_inserted_executions', 'guard_inserted_executions()', 4, false),
+                     ('executions', 'guard_updated_execution', 'guard_updated_execution()', 17, true),
+                     ('jobs', 'guard_updated_job', 'guard_updated_job()', 17, true),
+                     ('emergency_stops', 'append_only', 'keep_append_only()', 58, false),
+                     ('batch_changes', 'append_only', 'keep_append_only()', 58, false)
+        ) AS w (table_name, name, function, type, has_when)
         JOIN tables t ON t.name = w.table_name AND t.oid IS NOT NULL
         LEFT JOIN pg_trigger g ON g.tgrelid = t.oid AND g.tgname = w.name AND g.tgfoid = to_regprocedure(w.function)
                                AND g.tgtype = w.type AND (g.tgqual IS NOT NULL) = w.has_when  -- it fires when it has to
@@ -97,20 +85,39 @@ BEGIN
         WHERE c.relforcerowsecurity OR NOT pg_has_role(owner, c.relowner, 'USAGE')
         UNION ALL
         SELECT format('index %s is %s', w.name, CASE WHEN i.indexrelid IS NULL THEN 'missing' ELSE 'not valid' END)
-        FROM (VALUES ('executions_job_id_unfinished_idx', 'executions'), ('executions_job_id_id_idx', 'executions'),
-                     ('emergency_stops_job_id_id_idx', 'emergency_stops')) AS w (name, table_name)
+        FROM (VALUES ('executions', 'executions_job_id_unfinished_idx'), ('executions', 'executions_job_id_id_idx'),
+                     ('emergency_stops', 'emergency_stops_job_id_id_idx')) AS w (table_name, name)
         JOIN tables t ON t.name = w.table_name AND t.oid IS NOT NULL
         LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indexrelid = to_regclass(w.name)
-        WHERE i.indisvalid IS NOT TRUE;
+        WHERE i.indisvalid IS NOT TRUE
+        UNION ALL
+        SELECT format('warning: role %I, which owns the functions, may not %s: GRANT %s TO %1$I', owner, n.what, n.role)
+        FROM (VALUES
+            ('pg_signal_backend', 'end the sessions of other roles, so that force does not work against them'),
+            ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them')
+        ) AS n (role, what)
+        JOIN pg_roles r ON r.rolname = owner AND NOT r.rolsuper
+        WHERE NOT pg_has_role(owner, n.role, 'USAGE')
+        UNION ALL
+        SELECT 'warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that '
+               'do not exist'
+        WHERE NOT EXISTS (
+            SELECT
+            FROM pg_constraint c
+            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND c.conkey = ARRAY[a.attnum]
+            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
+        UNION ALL
+        -- What the last ANALYZE has met. To look at the rows themselves would take too long on some tables.
+        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '
+                      'it leaves them alone', v.status)
+        FROM pg_stats s, unnest(s.most_common_vals::text::text[]) AS v (status)
+        WHERE s.schemaname = current_schema() AND s.tablename = 'executions' AND s.attname = 'status'
+          AND v.status NOT IN ('pending', 'running', 'processing', 'completed', 'failed', 'cancelled');
 END;
 $$;
-REVOKE ALL ON FUNCTION table_faults(name) FROM PUBLIC;
-COMMENT ON FUNCTION table_faults(name) IS 'What is wrong with the tables, their triggers, their indexes and the rights of the functions'' owner.';
 
--- constraint_faults(): constraints on one column alone, the status, that do not let it become failed.
--- Returns  a sentence for each; none where another session has locked a table, so that this cannot be found out now
--- Raises   nothing of its own, but for errors of rare classes in an expression of the application's
--- Locks    each table for a moment, ACCESS SHARE, as showing an expression does; it waits for 10 ms at most
+-- constraint_faults(): constraints on one column alone, the status, that do not let it become failed. Showing one locks
+-- its table, ACCESS SHARE; where another session keeps it from that for 10 ms, no constraint is named.
 CREATE OR REPLACE FUNCTION constraint_faults()
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -132,10 +139,12 @@ BEGIN
     LOOP
         BEGIN
             -- PostgreSQL itself has written the expression. @plpgsql_check_options: security_warnings = off
-            EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %I', v_check.expression, v_check.type, v_check.table_name)
-            INTO v_allows;
-        EXCEPTION WHEN raise_exception OR data_exception OR integrity_constraint_violation OR syntax_error_or_access_rule_violation THEN
-            v_allows := false;  -- it calls a function of the application's, which refuses
+            EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %I',
+                           v_check.expression, v_check.type, v_check.table_name) INTO v_allows;
+        EXCEPTION
+            WHEN raise_exception OR data_exception OR integrity_constraint_violation
+                 OR syntax_error_or_access_rule_violation THEN
+                v_allows := false;  -- it calls a function of the application's, which refuses
         END;
         IF NOT v_allows THEN
             RETURN NEXT format('constraint %s on table %s forbids the status failed', v_check.name, v_check.table_name);
@@ -144,41 +153,6 @@ BEGIN
 EXCEPTION WHEN lock_not_available THEN
 END;
 $$;
-REVOKE ALL ON FUNCTION constraint_faults() FROM PUBLIC;
-COMMENT ON FUNCTION constraint_faults() IS 'Which constraints on a status forbid failed.';
-
--- stop_warnings(owner): what makes a stop less than it could be, if the functions run as this role.
--- Returns  a sentence for each, which begins with "warning: "
--- Raises   nothing of its own
--- Locks    nothing
-CREATE OR REPLACE FUNCTION stop_warnings(owner name)
-RETURNS SETOF text LANGUAGE plpgsql STABLE
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN QUERY
-        SELECT format('warning: role %I, which owns the functions, may not %s: GRANT %s TO %1$I', owner, n.what, n.role)
-        FROM (VALUES ('pg_signal_backend', 'end the sessions of other roles, so that force does not work against them'),
-                     ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them')) AS n (role, what)
-        JOIN pg_roles r ON r.rolname = owner AND NOT r.rolsuper
-        WHERE NOT pg_has_role(owner, n.role, 'USAGE')
-        UNION ALL
-        SELECT 'warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist'
-        WHERE NOT EXISTS (
-            SELECT
-            FROM pg_constraint c
-            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND c.conkey = ARRAY[a.attnum]
-            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
-        UNION ALL
-        -- What the last ANALYZE has met. To look at the rows themselves would take too long on some tables.
-        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: it leaves them alone', v.status)
-        FROM pg_stats s, unnest(s.most_common_vals::text::text[]) AS v (status)
-        WHERE s.schemaname = current_schema() AND s.tablename = 'executions' AND s.attname = 'status'
-          AND v.status NOT IN ('pending', 'running', 'processing', 'completed', 'failed', 'cancelled');
-END;
-$$;
-REVOKE ALL ON FUNCTION stop_warnings(name) FROM PUBLIC;
-COMMENT ON FUNCTION stop_warnings(name) IS 'What makes a stop less than it could be, a warning each.';
 
 CREATE OR REPLACE FUNCTION emergency_stop_faults()
 RETURNS SETOF text LANGUAGE plpgsql STABLE SECURITY DEFINER
@@ -188,22 +162,20 @@ DECLARE
     -- Who calls: inside this function current_user is its owner.
     v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
     -- As whom a stop runs.
-    v_owner  CONSTANT name := COALESCE((
-        SELECT pg_get_userbyid(p.proowner) FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema())) AND p.proname = 'emergency_stop_job'
-        LIMIT 1), current_user);
+    v_owner  CONSTANT name := COALESCE(
+        (SELECT pg_get_userbyid(p.proowner) FROM pg_proc p WHERE p.oid = to_regproc('emergency_stop_job')), current_user);
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';
     ELSIF current_setting('transaction_read_only')::boolean THEN
         RETURN NEXT 'this database is read-only: nothing can be stopped here';
     END IF;
-    RETURN QUERY SELECT f.* FROM function_faults(v_caller, v_owner) f;
-    RETURN QUERY SELECT f.* FROM table_faults(v_owner) f;
-    RETURN QUERY SELECT f.* FROM constraint_faults() f;
-    RETURN QUERY SELECT f.* FROM stop_warnings(v_owner) f;
+    RETURN QUERY SELECT function_faults(v_caller, v_owner);
+    RETURN QUERY SELECT setup_faults(v_owner);
+    RETURN QUERY SELECT constraint_faults();
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_faults() FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_faults() IS
-    'What would keep a stop from working or from lasting: a sentence for each fault, none if there is none. A warning begins with "warning: ".';
+    'What would keep a stop from working or from lasting: a sentence for each fault, none if there is none. A warning '
+    'begins with "warning: ".';
