@@ -22,17 +22,14 @@ BEGIN
         WITH free_job AS (
             SELECT FROM jobs j WHERE j.id = v_id AND j.xmax <> '0' FOR NO KEY UPDATE SKIP LOCKED
         ), free AS (
-            SELECT e.ctid
-            FROM executions e
+            SELECT e.ctid FROM executions e
             WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0'
             FOR NO KEY UPDATE SKIP LOCKED
         )
-        SELECT j.xmax, j.tableoid
-        FROM jobs j
+        SELECT j.xmax, j.tableoid FROM jobs j
         WHERE j.id = v_id AND j.xmax <> '0' AND NOT EXISTS (SELECT FROM free_job)
         UNION
-        SELECT e.xmax, e.tableoid
-        FROM executions e
+        SELECT e.xmax, e.tableoid FROM executions e
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') AND e.xmax <> '0'
           AND e.ctid NOT IN (SELECT f.ctid FROM free f);
     RAISE triggered_action_exception;

@@ -1,6 +1,6 @@
 -- emergency_stop_jobs(ids, reason, caller, force, patience): stops several jobs in one transaction, each as
--- emergency_stop_job does: one commit, one flush. A job that others hold does not hold up the others; it is left out, to
--- be tried again. caller is one object for all of them, or an array with an object for each. force ends the sessions
+-- emergency_stop_job does: one commit, one flush. A job that others hold does not hold up the others; it is left out,
+-- to be tried again. caller is one object for all of them, or an array with an object for each. force ends the sessions
 -- that hold a job, if all their transactions are older than lock_timeout (10 s where that is 0).
 -- Returns  a row for each id, in the order given: id, and summary, which is emergency_stop_job's answer, or
 --          {"error": "job is locked", "job_id": "a", "blocked_by": [...]} where others held the job for longer than
@@ -50,5 +50,5 @@ END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) IS
-    'Stops several jobs in one transaction; returns for each emergency_stop_job''s answer, or {error, job_id, blocked_by} '
-    'where others hold it: that one is not stopped. Raises what emergency_stop_job raises but 55P03. Locks what that locks.';
+    'Stops several jobs in one transaction; returns for each what emergency_stop_job answers, or {error, job_id, '
+    'blocked_by} where others hold it: that one is not stopped. Raises and locks what that does, but for 55P03.';

@@ -1,5 +1,5 @@
--- emergency_stop_dry_run(id): what a stop of this job would do now. It does all that the stop does, on the same rows and
--- with the same locks, and rolls it back. Nobody is notified, no session is ended.
+-- emergency_stop_dry_run(id): what a stop of this job would do now. It does all that the stop does, on the same rows
+-- and with the same locks, and rolls it back. Nobody is notified, no session is ended.
 -- Returns  emergency_stop_job's answer with two more keys, "dry_run": true and "took_ms": 3.1 (milliseconds);
 --          {"error": "job not found", "job_id": "a"}
 -- Raises   what emergency_stop_job raises

@@ -1,15 +1,15 @@
 -- emergency_stop_status(id): what a stop of this job would meet now, what stops and releases have done to it, and which
 -- of the executions that the last stop failed a worker has confirmed to have dropped.
--- Returns  {"job_id": "a", "status": "failed", "stopped": true, "active": {"pending": 0, "running": 0, "processing": 0},
---           "blocked_by": [a row of emergency_stop_blockers, ...],
+-- Returns  {"job_id": "a", "status": "failed", "stopped": true,
+--           "active": {"pending": 0, "running": 0, "processing": 0}, "blocked_by": [rows of emergency_stop_blockers],
 --           "confirmation": {"in_hand": 21, "confirmed": 19,
 --                            "outstanding": [{"id": 7, "started_at": "2025-09-29T23:47:00Z"}, ...]},
 --           "history": [{"action": "stop", "at": "2025-09-29T23:48:00Z", "previous_status": "processing",
 --                        "new_status": "failed", "executions_stopped": 42, "sessions_ended": 0, "reason": null,
---                        "actor": "ann", "client": "192.0.2.1", "request_id": "r1", "database_user": "beacon_service"}]}
+--                        "actor": "ann", "client": "192.0.2.1", "request_id": "r1", "database_user": "beacon"}]}
 --          After "active" it has "left_alone": {"queued": 10} if there are executions in states of the application's
---          own. "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order of
---          their ids; "history" the 20 last records, newest first.
+--          own. "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order
+--          of their ids; "history" the 20 last records, newest first.
 --          {"error": "job not found", "job_id": "a"}
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 -- Locks    what emergency_stop_blockers locks: nothing that outlives the call
@@ -56,8 +56,8 @@ BEGIN
     FROM emergency_stops s WHERE s.job_id = v_key AND s.action = 'stop' ORDER BY s.id DESC LIMIT 1;
     IF FOUND THEN
         v_stopped_at := v_stop.stopped_at;
-        -- The latest first, and no more than the stop has failed: of a job with a long history few executions are looked
-        -- at. Written so that only the index on (job_id, id) gives the order.
+        -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
+        -- looked at. Written so that only the index on (job_id, id) gives the order.
         WITH failed AS MATERIALIZED (
             SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
             FROM executions e
@@ -65,13 +65,15 @@ BEGIN
               AND e.output @> '{"emergency_stop": true}' AND e.completed_at >= v_stopped_at
             ORDER BY e.job_id DESC, e.id DESC
             LIMIT v_stop.executions
+        ), begun AS (
+            SELECT * FROM failed f WHERE f.started_at IS NOT NULL
         )
-        SELECT json_build_object('in_hand', count(*), 'confirmed', count(*) FILTER (WHERE f.is_confirmed), 'outstanding', (
-            SELECT COALESCE(json_agg(json_build_object('id', o.id, 'started_at', utc_seconds(o.started_at))), '[]')
-            FROM (SELECT * FROM failed n WHERE n.started_at IS NOT NULL AND NOT n.is_confirmed ORDER BY n.id LIMIT 20) o))
+        SELECT json_build_object(
+            'in_hand', count(*), 'confirmed', count(*) FILTER (WHERE f.is_confirmed), 'outstanding', (
+                SELECT COALESCE(json_agg(json_build_object('id', o.id, 'started_at', utc_seconds(o.started_at))), '[]')
+                FROM (SELECT * FROM begun b WHERE NOT b.is_confirmed ORDER BY b.id LIMIT 20) o))
         INTO v_confirmation
-        FROM failed f
-        WHERE f.started_at IS NOT NULL;
+        FROM begun f;
     END IF;
 
     RETURN (

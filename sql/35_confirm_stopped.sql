@@ -1,6 +1,6 @@
--- confirm_stopped(execution_ids): for workers, who say by it that they have dropped these executions after a stop. Each
--- that a stop has failed gets the time as "confirmed_at" in its output; the others stay as they are, and so do those that
--- were confirmed before. execution_ids is an array of the type of executions.id.
+-- confirm_stopped(execution_ids): for workers, who say by it that they have dropped these executions after a stop.
+-- Each that a stop has failed gets the time as "confirmed_at" in its output; the others stay as they are, and so do
+-- those that were confirmed before. execution_ids is an array of the type of executions.id.
 -- Returns  how many of them a stop had failed and were not confirmed yet
 -- Raises   what a trigger or constraint of the application's raises
 -- Locks    these executions, FOR NO KEY UPDATE, in the order of their ids, until the transaction ends; each wait is
@@ -27,8 +27,8 @@ BEGIN
         END;
         ';
         REVOKE ALL ON FUNCTION confirm_stopped(%1$s[]) FROM PUBLIC;
-        COMMENT ON FUNCTION confirm_stopped(%1$s[]) IS 'For workers: these executions have been dropped. Returns how many '
-            'of them a stop had failed and were not confirmed yet.';
+        COMMENT ON FUNCTION confirm_stopped(%1$s[]) IS 'For workers: these executions have been dropped. '
+            'Returns how many of them a stop had failed and were not confirmed yet.';
         $function$, (SELECT a.atttypid::regtype FROM pg_attribute a
                      WHERE a.attrelid = 'executions'::regclass AND a.attname = 'id'));
 END;

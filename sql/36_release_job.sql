@@ -11,7 +11,7 @@
 --                                             DETAIL has them as a JSON array, as emergency_stop_job's has
 --          triggered_data_change_violation (27000)  a trigger or rule of the application's kept it from being released
 -- Locks    the job's barrier, alone and shared; the tables jobs and emergency_stops, ROW EXCLUSIVE; the job's row, FOR
---          NO KEY UPDATE; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends
+--          NO KEY UPDATE; where sessions share its lock, the table jobs, EXCLUSIVE; all until the transaction ends
 CREATE OR REPLACE FUNCTION release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -79,9 +79,10 @@ BEGIN
     WHERE j.id = v_id;
     PERFORM set_config('beacon_stop.releasing', '', true);
     SELECT j.status, j.metadata INTO v_released FROM jobs j WHERE j.id = v_id;
-    IF (v_released.status = release_job.status AND (v_released.metadata ? 'emergency_stop') IS NOT TRUE) IS NOT TRUE THEN
+    IF v_released.status IS DISTINCT FROM release_job.status OR v_released.metadata ? 'emergency_stop' THEN
         RAISE triggered_data_change_violation
-            USING MESSAGE = format('job %L was not released: a trigger or rule on table jobs has changed the update', v_key),
+            USING MESSAGE = format('job %L was not released: a trigger or rule on table jobs has changed the update',
+                                   release_job.id),
                   DETAIL = format('Its status is %L, its metadata %L.', v_released.status, v_released.metadata);
     END IF;
 
@@ -96,5 +97,5 @@ END;
 $$;
 REVOKE ALL ON FUNCTION release_job(text, text, text, jsonb) FROM PUBLIC;
 COMMENT ON FUNCTION release_job(text, text, text, jsonb) IS
-    'Lifts the emergency stop of a job, which goes on in the status given; returns the JSON summary, {error, job_id} for an '
-    'unknown job, {error, job_id, status} for one that is not stopped. Raises 55P03 when others hold it for too long.';
+    'Lifts the emergency stop of a job, which goes on in the status given; returns the JSON summary, {error, job_id} '
+    'for an unknown job, {error, job_id, status} for one that is not stopped. Raises 55P03 when others hold it.';

@@ -1,6 +1,5 @@
 -- emergency_stop_faults(): what would keep a stop from working, or from lasting, if the caller made it now.
--- Returns  a sentence for each fault, none if there is none; one that begins with "warning: " does not keep a stop from
---          working
+-- Returns  a sentence for each fault, none if there is none; a mere warning begins with "warning: "
 -- Raises   nothing of its own
 -- Locks    nothing; it also works on a standby, and takes a few milliseconds at most
 --
@@ -22,97 +21,24 @@ BEGIN
             SELECT i.key AS signature, split_part(i.key, '(', 1) AS name, i.value AS checksum,
                    to_regprocedure(i.key)::oid AS oid
             FROM jsonb_each_text(installed_functions()) i
-        ), checked AS (
-            SELECT i.signature, CASE
-                WHEN i.oid IS NULL AND to_regproc(i.name) IS NULL THEN format('function %s is missing', i.signature)
-                WHEN i.oid IS NULL THEN
-                    format('function %s is missing: the one that is there has other arguments', i.signature)
-                WHEN c.checksum IS DISTINCT FROM i.checksum THEN
-                    format('function %s is not the one that was installed: it was changed since', i.signature)
-                WHEN NOT has_function_privilege(caller, i.oid, 'EXECUTE') AND i.name IN (
-                    'get_job', 'emergency_stop_job', 'emergency_stop_jobs', 'emergency_stop_dry_run', 'emergency_stop_status',
-                    'release_job', 'runaway_jobs', 'list_executions', 'timeout_stuck_jobs', 'repair_stuck_jobs') THEN
-                    format('role %I may not execute function %s', caller, i.signature)
-                WHEN NOT has_function_privilege(owner, i.oid, 'EXECUTE') THEN
-                    format('role %I, which owns emergency_stop_job, may not execute function %s', owner, i.signature)
-                END AS fault
-            FROM installed i
-            LEFT JOIN function_checksums(ARRAY(SELECT n.oid FROM installed n)) c ON c.oid = i.oid
         )
-        SELECT c.fault FROM checked c WHERE c.fault IS NOT NULL ORDER BY c.signature;
-END;
-$$;
-
--- setup_faults(owner): what is wrong with the tables, and what makes a stop less than it could be, for this role.
-CREATE OR REPLACE FUNCTION setup_faults(owner name)
-RETURNS SETOF text LANGUAGE plpgsql STABLE
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN QUERY
-        WITH tables AS (
-            SELECT t.name, to_regclass(t.name)::oid AS oid
-            FROM unnest('{jobs,executions,emergency_stops,batch_changes}'::text[]) AS t (name)
-        )
-        SELECT format('table %s is missing', t.name) FROM tables t WHERE t.oid IS NULL
-        UNION ALL
-        SELECT format('role %I, which owns the functions, may not %s %s', owner, p.verb, t.name)
-        FROM (VALUES ('jobs', 'SELECT', 'read table'), ('jobs', 'UPDATE', 'update table'),
-                     ('executions', 'SELECT', 'read table'), ('executions', 'UPDATE', 'update table'),
-                     ('emergency_stops', 'SELECT', 'read table'), ('emergency_stops', 'INSERT', 'add rows to table')
-        ) AS p (name, privilege, verb)
-        JOIN tables t USING (name)
-        WHERE NOT has_table_privilege(owner, t.oid, p.privilege)
-        UNION ALL
-        SELECT format('trigger %s on table %s is %s', w.name, t.name,
-                      CASE WHEN g.oid IS NULL THEN 'missing' ELSE 'disabled' END)
-        FROM (VALUES ('executions', 'guard_inserted_executions', 'guard_inserted_executions()', 4, false),
-                     ('executions', 'guard_updated_execution', 'guard_updated_execution()', 17, true),
-                     ('jobs', 'guard_updated_job', 'guard_updated_job()', 17, true),
-                     ('emergency_stops', 'append_only', 'keep_append_only()', 58, false),
-                     ('batch_changes', 'append_only', 'keep_append_only()', 58, false)
-        ) AS w (table_name, name, function, type, has_when)
-        JOIN tables t ON t.name = w.table_name AND t.oid IS NOT NULL
-        LEFT JOIN pg_trigger g ON g.tgrelid = t.oid AND g.tgname = w.name AND g.tgfoid = to_regprocedure(w.function)
-                               AND g.tgtype = w.type AND (g.tgqual IS NOT NULL) = w.has_when  -- it fires when it has to
-        WHERE g.oid IS NULL OR g.tgenabled NOT IN ('O', 'A')
-        UNION ALL
-        -- The functions switch row_security off, which turns hidden rows into an error.
-        SELECT format('row-level security on table %s hides rows from role %I, which owns the functions', t.name, owner)
-        FROM tables t
-        JOIN pg_class c ON c.oid = t.oid AND c.relrowsecurity
-        JOIN pg_roles r ON r.rolname = owner AND NOT r.rolsuper AND NOT r.rolbypassrls
-        WHERE c.relforcerowsecurity OR NOT pg_has_role(owner, c.relowner, 'USAGE')
-        UNION ALL
-        SELECT format('index %s is %s', w.name, CASE WHEN i.indexrelid IS NULL THEN 'missing' ELSE 'not valid' END)
-        FROM (VALUES ('executions', 'executions_job_id_unfinished_idx'), ('executions', 'executions_job_id_id_idx'),
-                     ('emergency_stops', 'emergency_stops_job_id_id_idx')) AS w (table_name, name)
-        JOIN tables t ON t.name = w.table_name AND t.oid IS NOT NULL
-        LEFT JOIN pg_index i ON i.indrelid = t.oid AND i.indexrelid = to_regclass(w.name)
-        WHERE i.indisvalid IS NOT TRUE
-        UNION ALL
-        SELECT format('warning: role %I, which owns the functions, may not %s: GRANT %s TO %1$I', owner, n.what, n.role)
-        FROM (VALUES
-            ('pg_signal_backend', 'end the sessions of other roles, so that force does not work against them'),
-            ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them')
-        ) AS n (role, what)
-        JOIN pg_roles r ON r.rolname = owner AND NOT r.rolsuper
-        WHERE NOT pg_has_role(owner, n.role, 'USAGE')
-        UNION ALL
-        SELECT 'warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that '
-               'do not exist'
-        WHERE NOT EXISTS (
-            SELECT
-            FROM pg_constraint c
-            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND c.conkey = ARRAY[a.attnum]
-            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
-        UNION ALL
-        -- What the last ANALYZE has met. To look at the rows themselves would take too long on some tables.
-        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '
-                      'it leaves them alone', v.status)
-        FROM pg_stats s, unnest(s.most_common_vals::text::text[]) AS v (status)
-        WHERE s.schemaname = current_schema() AND s.tablename = 'executions' AND s.attname = 'status'
-          AND v.status NOT IN ('pending', 'running', 'processing', 'completed', 'failed', 'cancelled');
+        SELECT format(f.fault, i.signature, caller, owner)
+        FROM installed i
+        LEFT JOIN function_checksums(ARRAY(SELECT n.oid FROM installed n)) c ON c.oid = i.oid
+        CROSS JOIN LATERAL (SELECT CASE
+            WHEN i.oid IS NULL AND to_regproc(i.name) IS NULL THEN 'function %s is missing'
+            WHEN i.oid IS NULL THEN 'function %s is missing: the one that is there has other arguments'
+            WHEN c.checksum IS DISTINCT FROM i.checksum THEN
+                'function %s is not the one that was installed: it was changed since'
+            WHEN NOT has_function_privilege(caller, i.oid, 'EXECUTE') AND i.name = ANY (
+                '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,
+                  runaway_jobs,get_job,list_executions,timeout_stuck_jobs,repair_stuck_jobs}') THEN
+                'role %2$I may not execute function %1$s'
+            WHEN NOT has_function_privilege(owner, i.oid, 'EXECUTE') THEN
+                'role %3$I, which owns emergency_stop_job, may not execute function %1$s'
+            END) AS f (fault)
+        WHERE f.fault IS NOT NULL
+        ORDER BY i.signature;
 END;
 $$;
 
@@ -128,10 +54,9 @@ DECLARE
     v_allows boolean;
 BEGIN
     FOR v_check IN
-        SELECT c.conname AS name, r.relname AS table_name, pg_get_expr(c.conbin, c.conrelid) AS expression,
+        SELECT c.conname AS name, c.conrelid::regclass AS table_name, pg_get_expr(c.conbin, c.conrelid) AS expression,
                format_type(a.atttypid, a.atttypmod) AS type
         FROM pg_constraint c
-        JOIN pg_class r ON r.oid = c.conrelid
         JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'status' AND c.conkey = ARRAY[a.attnum]
         WHERE c.conrelid IN (to_regclass('jobs'), to_regclass('executions')) AND c.contype = 'c'
           AND pg_get_constraintdef(c.oid) NOT LIKE '%NOT ENFORCED'
@@ -139,7 +64,7 @@ BEGIN
     LOOP
         BEGIN
             -- PostgreSQL itself has written the expression. @plpgsql_check_options: security_warnings = off
-            EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %I',
+            EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %s',
                            v_check.expression, v_check.type, v_check.table_name) INTO v_allows;
         EXCEPTION
             WHEN raise_exception OR data_exception OR integrity_constraint_violation
@@ -162,17 +87,66 @@ DECLARE
     -- Who calls: inside this function current_user is its owner.
     v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
     -- As whom a stop runs.
-    v_owner  CONSTANT name := COALESCE(
-        (SELECT pg_get_userbyid(p.proowner) FROM pg_proc p WHERE p.oid = to_regproc('emergency_stop_job')), current_user);
+    v_owner  CONSTANT name := (SELECT COALESCE(min(pg_get_userbyid(p.proowner)), current_user)
+                               FROM pg_proc p WHERE p.oid = to_regproc('emergency_stop_job'));
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';
     ELSIF current_setting('transaction_read_only')::boolean THEN
         RETURN NEXT 'this database is read-only: nothing can be stopped here';
     END IF;
-    RETURN QUERY SELECT function_faults(v_caller, v_owner);
-    RETURN QUERY SELECT setup_faults(v_owner);
-    RETURN QUERY SELECT constraint_faults();
+    RETURN QUERY
+        WITH tables AS (
+            SELECT t.name, to_regclass(t.name)::oid AS oid
+            FROM unnest('{jobs,executions,emergency_stops,batch_changes}'::text[]) AS t (name)
+        )
+        SELECT format('table %s is missing', t.name) FROM tables t WHERE t.oid IS NULL
+        UNION ALL
+        SELECT format('role %I, which owns the functions, may not %s %s', v_owner, p.verb, t.name)
+        FROM (VALUES ('jobs', 'SELECT', 'read table'), ('jobs', 'UPDATE', 'update table'),
+                     ('executions', 'SELECT', 'read table'), ('executions', 'UPDATE', 'update table'),
+                     ('emergency_stops', 'SELECT', 'read table'), ('emergency_stops', 'INSERT', 'add rows to table')
+        ) AS p (name, privilege, verb)
+        JOIN tables t USING (name)
+        WHERE NOT has_table_privilege(v_owner, t.oid, p.privilege)
+        UNION ALL
+        -- The functions switch row_security off, which turns hidden rows into an error.
+        SELECT format('row-level security on table %s hides rows from role %I, which owns the functions',
+                      t.name, v_owner)
+        FROM tables t
+        JOIN pg_class c ON c.oid = t.oid AND c.relrowsecurity
+        JOIN pg_roles r ON r.rolname = v_owner AND NOT r.rolsuper AND NOT r.rolbypassrls
+        WHERE c.relforcerowsecurity OR NOT pg_has_role(v_owner, c.relowner, 'USAGE')
+        UNION ALL
+        SELECT m.fault FROM missing_parts() m WHERE m.fault IS NOT NULL
+        UNION ALL
+        SELECT f.* FROM function_faults(v_caller, v_owner) f
+        UNION ALL
+        SELECT f.* FROM constraint_faults() f
+        UNION ALL
+        SELECT format('warning: role %I, which owns the functions, may not %s: GRANT %s TO %1$I',
+                      v_owner, n.what, n.role)
+        FROM (VALUES
+            ('pg_signal_backend', 'end the sessions of other roles, so that force does not work against them'),
+            ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them')
+        ) AS n (role, what)
+        JOIN pg_roles r ON r.rolname = v_owner AND NOT r.rolsuper
+        WHERE NOT pg_has_role(v_owner, n.role, 'USAGE')
+        UNION ALL
+        SELECT 'warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that '
+               'do not exist'
+        WHERE NOT EXISTS (
+            SELECT
+            FROM pg_constraint c
+            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND c.conkey = ARRAY[a.attnum]
+            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
+        UNION ALL
+        -- What the last ANALYZE has met. To look at the rows themselves would take too long on some tables.
+        SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '
+                      'it leaves them alone', v.status)
+        FROM pg_stats s, unnest(s.most_common_vals::text::text[]) AS v (status)
+        WHERE s.schemaname = current_schema() AND s.tablename = 'executions' AND s.attname = 'status'
+          AND v.status NOT IN ('pending', 'running', 'processing', 'completed', 'failed', 'cancelled');
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_faults() FROM PUBLIC;
