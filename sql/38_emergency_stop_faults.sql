@@ -87,8 +87,8 @@ DECLARE
     -- Who calls: inside this function current_user is its owner.
     v_caller CONSTANT name := COALESCE(NULLIF(current_setting('role'), 'none')::name, session_user);
     -- As whom a stop runs.
-    v_owner  CONSTANT name := (SELECT COALESCE(min(pg_get_userbyid(p.proowner)), current_user)
-                               FROM pg_proc p WHERE p.oid = to_regproc('emergency_stop_job'));
+    v_owner  CONSTANT name := COALESCE((SELECT pg_get_userbyid(p.proowner) FROM pg_proc p
+                                        WHERE p.oid = to_regproc('emergency_stop_job')), current_user);
 BEGIN
     IF pg_is_in_recovery() THEN
         RETURN NEXT 'this server is a standby: nothing can be stopped here, only on the primary';
