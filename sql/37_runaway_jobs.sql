@@ -99,7 +99,7 @@ BEGIN
         v_times := 2 * extract(epoch FROM v_now + '80 ms' - clock_timestamp())
                    / extract(epoch FROM clock_timestamp() - v_began);
         EXIT WHEN v_times < 2;
-        v_rows := least(v_rows * least(v_times, 10), 100000);
+        v_rows := least(v_rows * least(v_times, 10), 100000)::int;
     END LOOP;
     -- A transaction that took long has added rows that look old: a tenth of the latest may be such.
     RETURN json_build_object(
