@@ -56,17 +56,18 @@ BEGIN
     LOOP
         v_began := clock_timestamp();
         WITH counted AS (
-            SELECT r.job_id, count(*) FILTER (WHERE r.is_latest AND r.created_at >= v_since) AS started,
-                   count(r.is_active) AS unfinished, count(*) FILTER (WHERE r.is_active) AS active,
-                   min(r.created_at) FILTER (WHERE r.is_active) AS oldest
-            FROM ((SELECT e.job_id, e.created_at, true AS is_latest, NULL::boolean AS is_active
-                   FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows)
+            SELECT r.job_id, count(*) FILTER (WHERE r.is_new) AS started, count(r.is_active) AS unfinished,
+                   count(*) FILTER (WHERE r.is_active) AS active, min(r.created_at) FILTER (WHERE r.is_active) AS oldest
+            FROM (SELECT l.job_id, l.created_at, true AS is_new, NULL::boolean AS is_active
+                  FROM (SELECT * FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows) l
+                  WHERE l.created_at >= v_since
                   UNION ALL
                   (SELECT e.job_id, e.created_at, true, NULL
                    FROM executions e WHERE v_order = 'created_at' AND e.created_at >= v_since
                    ORDER BY e.created_at DESC LIMIT v_rows)
                   UNION ALL
-                  (SELECT e.job_id, e.created_at, v_order = 'none', e.status IN ('pending', 'running', 'processing')
+                  (SELECT e.job_id, e.created_at, v_order = 'none' AND e.created_at >= v_since,
+                          e.status IN ('pending', 'running', 'processing')
                    FROM executions e WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
                    ORDER BY e.job_id, e.status LIMIT v_rows)) r
             GROUP BY r.job_id
