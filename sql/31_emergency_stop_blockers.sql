@@ -65,8 +65,7 @@ DECLARE
     v_key     CONSTANT text := to_job_id(holders_of_job.id)::text;
     v_barrier CONSTANT bigint := job_barrier(v_key);
 BEGIN
-    -- Or a transaction that looks again is told what sessions did when it looked first.
-    PERFORM pg_stat_clear_snapshot();
+    PERFORM pg_stat_clear_snapshot();  -- or who looks again in one transaction is told what there was at first
     RETURN QUERY
     WITH locks AS MATERIALIZED (
         SELECT l.*, a.state
@@ -95,7 +94,8 @@ BEGIN
     ), numbers AS MATERIALIZED (
         SELECT h.ordinality AS row, h.xmax, h.relation, n.number,
                (n.number <> h.xmax OR m.members IS NULL) AND is_running(n.number) AND n.number NOT IN (
-                   SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid') AS is_part
+                   SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid'
+                   UNION ALL SELECT t.number FROM transactions t) AS is_part
         FROM held_rows(v_key) WITH ORDINALITY h
         CROSS JOIN multixact_members(h.xmax) AS m (members)
         CROSS JOIN unnest(m.members || h.xmax) AS n (number)
