@@ -12,20 +12,6 @@
 -- enough, or where reading them is slow. Where neither index exists (ids of type uuid or text do not ascend), it only
 -- knows those that have not ended.
 
--- execution_order(): by which index the latest executions are found: 'created_at'; else 'id', if it ascends; or 'none'.
-CREATE OR REPLACE FUNCTION execution_order()
-RETURNS text LANGUAGE sql STABLE
-SET search_path FROM CURRENT
-AS $$
-    SELECT COALESCE(min(a.attname::text), 'none')
-    FROM pg_index i
-    JOIN pg_class c ON c.oid = i.indexrelid
-    JOIN pg_am m ON m.oid = c.relam
-    JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = 'executions'::regclass AND i.indisvalid AND i.indpred IS NULL AND m.amname = 'btree'
-      AND (a.attname = 'created_at' OR a.attname = 'id' AND a.atttypid::regtype IN ('bigint', 'int', 'smallint'));
-$$;
-
 -- The settings leave the planner no plan that reads a whole table or a whole index, whatever the statistics say,
 -- and keep it from compiling the plan, which would take longer than to run it.
 CREATE OR REPLACE FUNCTION runaway_jobs(minutes int DEFAULT 5, max_jobs int DEFAULT 20)
@@ -40,8 +26,16 @@ SET jit = off
 AS $$
 DECLARE
     v_now   CONSTANT timestamptz := clock_timestamp();
-    v_since executions.created_at%TYPE;
-    v_order CONSTANT text := execution_order();
+    v_since CONSTANT executions.created_at%TYPE := v_now - make_interval(mins => minutes);
+    v_order CONSTANT text := COALESCE((  -- by which index the latest executions are found
+        SELECT min(a.attname::text)
+        FROM pg_index i
+        JOIN pg_class c ON c.oid = i.indexrelid
+        JOIN pg_am m ON m.oid = c.relam
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = 'executions'::regclass AND i.indisvalid AND i.indpred IS NULL AND m.amname = 'btree'
+          AND (a.attname = 'created_at' OR a.attname = 'id' AND a.atttypid::regtype IN ('bigint', 'int', 'smallint'))),
+        'none');
     v_rows  int := 1000;
     v_began timestamptz;
     v_found record;
@@ -52,7 +46,6 @@ BEGIN
     ELSIF (max_jobs BETWEEN 1 AND 100) IS NOT TRUE THEN
         RAISE invalid_parameter_value USING MESSAGE = format('max_jobs is %L: expected 1 to 100', max_jobs);
     END IF;
-    v_since := v_now - make_interval(mins => minutes);
     LOOP
         v_began := clock_timestamp();
         WITH counted AS (
