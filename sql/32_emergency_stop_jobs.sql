@@ -1,14 +1,15 @@
--- emergency_stop_jobs(ids, reason, caller, force, patience): stops several jobs in one transaction, each as emergency_stop_job
--- does: one commit, one flush. A job that others hold does not hold up the others; it is left out, to be tried again.
--- caller is one object for all of them, or an array with an object for each. force ends the sessions that hold a job, if
--- all their transactions are older than lock_timeout (10 s where that is 0).
+-- emergency_stop_jobs(ids, reason, caller, force, patience): stops several jobs in one transaction, each as
+-- emergency_stop_job does: one commit, one flush. A job that others hold does not hold up the others; it is left out,
+-- to be tried again. caller is one object for all of them, or an array with an object for each. force ends the sessions
+-- that hold a job, if all their transactions are older than lock_timeout (10 s where that is 0).
 -- Returns  a row for each id, in the order given: id, and summary, which is emergency_stop_job's answer, or
 --          {"error": "job is locked", "job_id": "a", "blocked_by": [...]} where others held the job for longer than
 --          patience (with "not_ended", as emergency_stop_job says): of that job nothing was changed
 -- Raises   what emergency_stop_job raises, but for lock_not_available
 -- Locks    what emergency_stop_job locks, job by job in the order of the ids, all until the transaction ends
 CREATE OR REPLACE FUNCTION emergency_stop_jobs(
-    ids text[], reason text DEFAULT NULL, caller jsonb DEFAULT NULL, force boolean DEFAULT false, patience interval DEFAULT '5 ms')
+    ids text[], reason text DEFAULT NULL, caller jsonb DEFAULT NULL, force boolean DEFAULT false,
+    patience interval DEFAULT '5 ms')
 RETURNS TABLE (id text, summary json) LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 AS $$
@@ -18,11 +19,11 @@ DECLARE
     v_summaries    json[] := '{}'::json[];
     v_job          record;
     v_detail       text;
-    v_holders      json;
 BEGIN
     PERFORM require_read_committed('emergency_stop_jobs');
     FOR v_job IN  -- in one order for all callers, so that two of them do not wait for each other
-        SELECT j.id, j.number, CASE jsonb_typeof(caller) WHEN 'array' THEN caller -> (j.number - 1)::int ELSE caller END AS caller
+        SELECT j.id, j.number,
+               CASE jsonb_typeof(caller) WHEN 'array' THEN caller -> (j.number - 1)::int ELSE caller END AS caller
         FROM unnest(ids) WITH ORDINALITY AS j (id, number)
         ORDER BY j.id
     LOOP
@@ -33,11 +34,12 @@ BEGIN
                                       WHERE b.transaction_seconds < extract(epoch FROM v_held_for)));
         EXCEPTION WHEN lock_not_available THEN
             GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
-            v_holders := COALESCE(NULLIF(v_detail, ''), '[]')::json;
-            v_summaries[v_job.number] := CASE json_typeof(v_holders)
-                WHEN 'array' THEN json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders)
-                ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_holders -> 'blocked_by',
-                                       'not_ended', v_holders -> 'not_ended')
+            v_summaries[v_job.number] := CASE
+                WHEN v_detail LIKE '{%' THEN json_build_object(
+                    'error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_detail::json -> 'blocked_by',
+                    'not_ended', v_detail::json -> 'not_ended')
+                ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id,
+                                       'blocked_by', COALESCE(NULLIF(v_detail, ''), '[]')::json)
             END;
         END;
     END LOOP;
@@ -48,5 +50,5 @@ END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_jobs(text[], text, jsonb, boolean, interval) IS
-    'Stops several jobs in one transaction; returns for each emergency_stop_job''s answer, or {error, job_id, blocked_by} where '
-    'others hold it: that one is not stopped. Raises what emergency_stop_job raises but 55P03. Locks what that locks.';
+    'Stops several jobs in one transaction; returns for each what emergency_stop_job answers, or {error, job_id, '
+    'blocked_by} where others hold it: that one is not stopped. Raises and locks what that does, but for 55P03.';

@@ -1,11 +1,10 @@
--- emergency_stop_dry_run(id): what a stop of this job would do now. It does all that the stop does, on the same rows and with
--- the same locks, and rolls it back. Nobody is notified, no session is ended.
+-- emergency_stop_dry_run(id): what a stop of this job would do now. It does all that the stop does, on the same rows
+-- and with the same locks, and rolls it back. Nobody is notified, no session is ended.
 -- Returns  emergency_stop_job's answer with two more keys, "dry_run": true and "took_ms": 3.1 (milliseconds);
 --          {"error": "job not found", "job_id": "a"}
 -- Raises   what emergency_stop_job raises
 --          invalid_parameter_value (22023)  the job has more than 10,000 active executions
 -- Locks    what emergency_stop_job locks, while it runs; nothing afterwards
-
 CREATE OR REPLACE FUNCTION emergency_stop_dry_run(id text)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -17,27 +16,23 @@ DECLARE
     v_answer json;
     v_took   numeric;
 BEGIN
-    IF (SELECT count(*)
-        FROM (SELECT FROM executions e
-              WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
-              LIMIT 10001) a) > 10000 THEN
+    IF EXISTS (SELECT FROM executions e
+               WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') OFFSET 10000) THEN
         RAISE invalid_parameter_value
-            USING MESSAGE = format('job %s has more than 10000 active executions: expected at most that many for a dry run',
-                                   quote_literal(emergency_stop_dry_run.id)),
+            USING MESSAGE = format('job %L has more than 10000 active executions: expected at most that many for a '
+                                   'dry run', emergency_stop_dry_run.id),
                   HINT = 'emergency_stop_status(id) counts them without changing anything.';
     END IF;
 
     BEGIN
         v_answer := emergency_stop_job(emergency_stop_dry_run.id);
-        v_took := round(extract(epoch FROM clock_timestamp() - v_began)::numeric * 1000, 1);
+        v_took := round(extract(epoch FROM clock_timestamp() - v_began) * 1000, 1);
         RAISE SQLSTATE 'BS002';
     EXCEPTION WHEN SQLSTATE 'BS002' THEN  -- all of it is undone, the settings and locks of the stop included
     END;
 
-    IF (v_answer ->> 'ok')::boolean THEN
-        RETURN (SELECT json_object_agg(k.key, k.value ORDER BY k.number)
-                FROM (SELECT a.key, a.value, a.number FROM json_each(v_answer) WITH ORDINALITY AS a (key, value, number)
-                      UNION ALL VALUES ('dry_run', to_json(true), 1001), ('took_ms', to_json(v_took), 1002)) k);
+    IF (v_answer ->> 'ok')::boolean THEN  -- two more keys, at the end
+        RETURN (left(v_answer::text, -1) || format(', "dry_run": true, "took_ms": %s}', v_took))::json;
     END IF;
     RETURN v_answer;
 END;

@@ -1,126 +1,92 @@
--- emergency_stop_status(id): what a stop of this job would meet now, what stops and releases have done to it, and which of
--- the executions that the last stop failed a worker has confirmed to have dropped.
--- Returns  {"job_id": "a", "status": "failed", "stopped": true, "active": {"pending": 0, "running": 0, "processing": 0},
---           "blocked_by": [{"pid": 1, "application_name": "worker", "database_user": "app", "state": "idle in transaction",
---                           "transaction_seconds": 12.3, "query": "UPDATE ..."}],
---           "confirmation": {"in_hand": 21, "confirmed": 19, "outstanding": [{"id": 7, "started_at": "2025-09-29T23:47:00Z"}]},
---           "history": [{"action": "stop", "at": "2025-09-29T23:48:00Z", "previous_status": "processing", "new_status": "failed",
---                        "executions_stopped": 42, "sessions_ended": 0, "reason": null, "actor": "ann", "client": "192.0.2.1",
---                        "request_id": "r1", "database_user": "beacon_service"}]}
---          After "active" it has "left_alone": {"queued": 10} if there are executions in states of the application's own.
---          "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order of their
---          ids; "history" the 20 last records, newest first.
+-- emergency_stop_status(id): what a stop of this job would meet now, what stops and releases have done to it, and which
+-- of the executions that the last stop failed a worker has confirmed to have dropped.
+-- Returns  {"job_id": "a", "status": "failed", "stopped": true,
+--           "active": {"pending": 0, "running": 0, "processing": 0}, "blocked_by": [rows of emergency_stop_blockers],
+--           "confirmation": {"in_hand": 21, "confirmed": 19,
+--                            "outstanding": [{"id": 7, "started_at": "2025-09-29T23:47:00Z"}, ...]},
+--           "history": [{"action": "stop", "at": "2025-09-29T23:48:00Z", "previous_status": "processing",
+--                        "new_status": "failed", "executions_stopped": 42, "sessions_ended": 0, "reason": null,
+--                        "actor": "ann", "client": "192.0.2.1", "request_id": "r1", "database_user": "beacon"}]}
+--          After "active" it has "left_alone": {"queued": 10} if there are executions in states of the application's
+--          own. "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order
+--          of their ids; "history" the 20 last records, newest first.
 --          {"error": "job not found", "job_id": "a"}
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 -- Locks    what emergency_stop_blockers locks: nothing that outlives the call
 
 -- is_emergency_stopped(id, status, metadata): whether this job has ended and a stop was the last that was done to it.
--- Returns  true or false; id is jobs.id as text
--- Raises   nothing of its own
--- Locks    nothing
 CREATE OR REPLACE FUNCTION is_emergency_stopped(id text, status text, metadata jsonb)
 RETURNS boolean LANGUAGE sql STABLE
 SET search_path FROM CURRENT
 AS $$
-    SELECT COALESCE(status IN ('completed', 'failed', 'cancelled'), false)
-           AND (COALESCE(metadata @> '{"emergency_stop": true}', false) OR COALESCE(last_record(id) = 'stop', false));
+    SELECT COALESCE(status IN ('completed', 'failed', 'cancelled')
+                    AND (metadata @> '{"emergency_stop": true}' OR last_record(id) = 'stop'), false);
 $$;
-REVOKE ALL ON FUNCTION is_emergency_stopped(text, text, jsonb) FROM PUBLIC;
-COMMENT ON FUNCTION is_emergency_stopped(text, text, jsonb) IS
-    'Whether the job has ended and carries the mark of a stop, or its last record is a stop.';
 
--- stop_confirmation(id): how far the workers have confirmed the last stop of a job; id is jobs.id as text.
--- Returns  {"in_hand": ..., "confirmed": ..., "outstanding": [...]}, or NULL if no stop is on record
--- Raises   nothing of its own
--- Locks    nothing
-CREATE OR REPLACE FUNCTION stop_confirmation(id text)
-RETURNS json LANGUAGE plpgsql STABLE
+CREATE OR REPLACE FUNCTION emergency_stop_status(id text)
+RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 SET timezone FROM CURRENT
 SET row_security = off
 AS $$
 DECLARE
-    v_id           CONSTANT jobs.id%TYPE := to_job_id(stop_confirmation.id);
-    v_executions   bigint;
+    v_id           CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
+    v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
+    v_counts       CONSTANT jsonb := COALESCE(unfinished_executions(v_key), '{}');
+    v_job          record;
+    v_stop         record;
+    v_history      json;
+    v_confirmation json;
     -- In the type of the column, so that it is rounded as the column's values are.
     v_stopped_at   executions.completed_at%TYPE;
-    v_confirmation json;
-BEGIN
-    SELECT s.executions_stopped, s.stopped_at INTO v_executions, v_stopped_at
-    FROM emergency_stops s
-    WHERE s.job_id = stop_confirmation.id AND s.action = 'stop'
-    ORDER BY s.id DESC
-    LIMIT 1;
-    IF NOT FOUND THEN
-        RETURN NULL;
-    END IF;
-
-    -- The latest first, and no more than the stop has failed: of a job with a long history few executions are looked at.
-    -- Written so that only the index on (job_id, id) gives the order.
-    WITH failed AS MATERIALIZED (
-        SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
-        FROM executions e
-        WHERE e.job_id >= v_id AND e.job_id <= v_id AND e.status = 'failed'
-          AND e.output @> '{"emergency_stop": true}' AND e.completed_at >= v_stopped_at
-        ORDER BY e.job_id DESC, e.id DESC
-        LIMIT v_executions
-    ), outstanding AS (
-        SELECT f.id, f.started_at FROM failed f WHERE f.started_at IS NOT NULL AND NOT f.is_confirmed ORDER BY f.id LIMIT 20
-    )
-    SELECT json_build_object(
-        'in_hand', count(*), 'confirmed', count(*) FILTER (WHERE f.is_confirmed),
-        'outstanding', (SELECT COALESCE(json_agg(json_build_object('id', o.id, 'started_at', utc_seconds(o.started_at)) ORDER BY o.id), '[]')
-                        FROM outstanding o))
-    INTO v_confirmation
-    FROM failed f
-    WHERE f.started_at IS NOT NULL;
-    RETURN v_confirmation;
-END;
-$$;
-REVOKE ALL ON FUNCTION stop_confirmation(text) FROM PUBLIC;
-COMMENT ON FUNCTION stop_confirmation(text) IS
-    'How many executions of the last stop workers had in hand, and have confirmed; NULL if no stop is on record. Locks nothing.';
-
-CREATE OR REPLACE FUNCTION emergency_stop_status(id text)
-RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path FROM CURRENT
-SET row_security = off
-AS $$
-DECLARE
-    v_id         CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
-    v_key        CONSTANT text := v_id::text;  -- the id as it is in the tables
-    v_job        record;
-    v_counts     jsonb;
-    v_left_alone jsonb;
-    v_history    json;
 BEGIN
     SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_status.id);
     END IF;
-    v_counts := COALESCE(unfinished_executions(v_key), '{}');
-    v_left_alone := v_counts - '{pending,running,processing}'::text[];
-    SELECT COALESCE(json_agg(json_build_object(
-               'action', s.action, 'at', utc_seconds(s.stopped_at), 'previous_status', s.previous_status, 'new_status', s.new_status,
-               'executions_stopped', s.executions_stopped, 'sessions_ended', s.sessions_ended, 'reason', s.reason,
-               'actor', s.caller -> 'actor', 'client', s.caller -> 'client', 'request_id', s.caller -> 'request_id',
-               'database_user', s.database_user) ORDER BY s.id DESC), '[]')
+    SELECT json_agg(json_build_object(
+        'action', s.action, 'at', utc_seconds(s.stopped_at), 'previous_status', s.previous_status,
+        'new_status', s.new_status, 'executions_stopped', s.executions_stopped, 'sessions_ended', s.sessions_ended,
+        'reason', s.reason, 'actor', s.caller -> 'actor', 'client', s.caller -> 'client',
+        'request_id', s.caller -> 'request_id', 'database_user', s.database_user) ORDER BY s.id DESC)
     INTO v_history
-    FROM (SELECT r.* FROM emergency_stops r WHERE r.job_id = v_key ORDER BY r.id DESC LIMIT 20) s;
+    FROM (SELECT * FROM emergency_stops r WHERE r.job_id = v_key ORDER BY r.id DESC LIMIT 20) s;
+
+    SELECT s.executions_stopped AS executions, s.stopped_at INTO v_stop
+    FROM emergency_stops s WHERE s.job_id = v_key AND s.action = 'stop' ORDER BY s.id DESC LIMIT 1;
+    IF FOUND THEN
+        v_stopped_at := v_stop.stopped_at;
+        -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
+        -- looked at. Written so that only the index on (job_id, id) gives the order.
+        WITH failed AS MATERIALIZED (
+            SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
+            FROM executions e
+            WHERE e.job_id >= v_id AND e.job_id <= v_id AND e.status = 'failed'
+              AND e.output @> '{"emergency_stop": true}' AND e.completed_at >= v_stopped_at
+            ORDER BY e.job_id DESC, e.id DESC
+            LIMIT v_stop.executions
+        ), begun AS (
+            SELECT * FROM failed f WHERE f.started_at IS NOT NULL
+        )
+        SELECT json_build_object(
+            'in_hand', count(*), 'confirmed', count(*) FILTER (WHERE f.is_confirmed), 'outstanding', (
+                SELECT COALESCE(json_agg(json_build_object('id', o.id, 'started_at', utc_seconds(o.started_at))), '[]')
+                FROM (SELECT * FROM begun b WHERE NOT b.is_confirmed ORDER BY b.id LIMIT 20) o))
+        INTO v_confirmation
+        FROM begun f;
+    END IF;
 
     RETURN (
-        SELECT json_object_agg(k.key, k.value ORDER BY k.number)
-        FROM (VALUES
-            ('job_id', to_json(emergency_stop_status.id), 1),
-            ('status', to_json(v_job.status), 2),
-            ('stopped', to_json(is_emergency_stopped(v_key, v_job.status, v_job.metadata)), 3),
-            ('active', json_build_object('pending', COALESCE(v_counts -> 'pending', '0'), 'running', COALESCE(v_counts -> 'running', '0'),
-                                         'processing', COALESCE(v_counts -> 'processing', '0')), 4),
-            ('left_alone', v_left_alone::json, 5),
-            ('blocked_by', (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b), 6),
-            ('confirmation', stop_confirmation(v_key), 7),
-            ('history', v_history, 8)) AS k (key, value, number)
-        WHERE k.key <> 'left_alone' OR v_left_alone <> '{}');
+        SELECT json_object_agg(a.key, a.value)
+        FROM json_each(json_build_object(
+            'job_id', emergency_stop_status.id, 'status', v_job.status,
+            'stopped', is_emergency_stopped(v_key, v_job.status, v_job.metadata),
+            'active', (SELECT json_object_agg(s.status, COALESCE(v_counts -> s.status, '0'))
+                       FROM unnest('{pending,running,processing}'::text[]) AS s (status)),
+            'left_alone', NULLIF(v_counts - '{pending,running,processing}'::text[], '{}'),
+            'blocked_by', (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b),
+            'confirmation', v_confirmation, 'history', COALESCE(v_history, '[]'))) a
+        WHERE a.key <> 'left_alone' OR a.value::text <> 'null');
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_status(text) FROM PUBLIC;

@@ -1,18 +1,17 @@
--- release_job(id, reason, status, caller): lifts an emergency stop, on purpose and on record. The job goes on in this status,
--- without the mark, its updated_at is now; the rest of its metadata and its executions stay as they are.
+-- release_job(id, reason, status, caller): lifts an emergency stop, on purpose and on record. The job goes on in this
+-- status, without the mark, its updated_at is now; the rest of its metadata and its executions stay as they are.
 -- Returns  {"ok": true, "message": "Job released", "job_id": "a", "previous_status": "failed", "new_status": "pending",
 --           "released_at": "2025-09-29T23:48:00Z", "reason": "fixed"}
 --          {"error": "job is not stopped", "job_id": "a", "status": "processing"}
 --          {"error": "job not found", "job_id": "a"}
--- Raises   invalid_parameter_value (22023)         reason or status is missing, too long, or status is failed
---          invalid_transaction_state (25000)       the transaction is REPEATABLE READ or SERIALIZABLE
---          read_only_sql_transaction (25006)       the transaction is read-only, as every one on a standby
---          lock_not_available (55P03)              other transactions held the job for longer than lock_timeout; DETAIL has
---                                                  them as a JSON array, as emergency_stop_job's has
---          triggered_data_change_violation (27000) a trigger or rule of the application's kept the job from being released
--- Locks    the job's barrier, alone and shared; the tables jobs and emergency_stops, ROW EXCLUSIVE; the job's row, FOR NO KEY
---          UPDATE; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. It waits for lock_timeout at most, for 10 s where that is 0.
-
+-- Raises   invalid_parameter_value (22023)    reason or status is missing, too long, or status is failed
+--          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
+--          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
+--          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0);
+--                                             DETAIL has them as a JSON array, as emergency_stop_job's has
+--          triggered_data_change_violation (27000)  a trigger or rule of the application's kept it from being released
+-- Locks    the job's barrier, alone and shared; the tables jobs and emergency_stops, ROW EXCLUSIVE; the job's row, FOR
+--          NO KEY UPDATE; where sessions share its lock, the table jobs, EXCLUSIVE; all until the transaction ends
 CREATE OR REPLACE FUNCTION release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -35,8 +34,8 @@ BEGIN
     IF (length(btrim(reason)) > 0 AND length(reason) <= 1000) IS NOT TRUE THEN
         RAISE invalid_parameter_value USING MESSAGE = 'reason is missing or too long: expected 1 to 1000 characters';
     ELSIF (length(release_job.status) BETWEEN 1 AND 255 AND release_job.status <> 'failed') IS NOT TRUE THEN
-        RAISE invalid_parameter_value USING
-            MESSAGE = 'status is missing, too long, or failed: expected the state that the job goes on in, 1 to 255 characters';
+        RAISE invalid_parameter_value USING MESSAGE =
+            'status is missing, too long, or failed: expected the state that the job goes on in, 1 to 255 characters';
     ELSIF jsonb_typeof(caller) <> 'object' THEN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
     END IF;
@@ -46,11 +45,11 @@ BEGIN
         -- The first look takes no lock: where there is nothing to release, nobody is waited for.
         FOR v_look IN 1..2 LOOP
             SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
-            IF NOT FOUND THEN
-                v_answer := json_build_object('error', 'job not found', 'job_id', release_job.id);
-            ELSIF NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN
-                v_answer := json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status);
-            END IF;
+            v_answer := CASE
+                WHEN NOT FOUND THEN json_build_object('error', 'job not found', 'job_id', release_job.id)
+                WHEN NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN
+                    json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status)
+            END;
             EXIT WHEN v_look = 2 OR v_answer IS NOT NULL;
             IF NOT wait_for_barrier(v_barrier, v_patience) THEN
                 RAISE lock_not_available;
@@ -62,7 +61,7 @@ BEGIN
         END LOOP;
     EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
         RAISE lock_not_available
-            USING MESSAGE = format('job %s is locked', quote_literal(release_job.id)),
+            USING MESSAGE = format('job %L is locked', release_job.id),
                   DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
                   HINT = 'The sessions in DETAIL hold it. Nothing was changed. Try again when they have ended.';
     END;
@@ -80,13 +79,15 @@ BEGIN
     WHERE j.id = v_id;
     PERFORM set_config('beacon_stop.releasing', '', true);
     SELECT j.status, j.metadata INTO v_released FROM jobs j WHERE j.id = v_id;
-    IF (v_released.status = release_job.status AND COALESCE(NOT v_released.metadata ? 'emergency_stop', true)) IS NOT TRUE THEN
+    IF v_released.status IS DISTINCT FROM release_job.status OR v_released.metadata ? 'emergency_stop' THEN
         RAISE triggered_data_change_violation
-            USING MESSAGE = format('job %s was not released: a trigger or rule on table jobs has changed the update', quote_literal(release_job.id)),
-                  DETAIL = format('Its status is %s, its metadata %s.', COALESCE(v_released.status, 'null'), COALESCE(v_released.metadata::text, 'null'));
+            USING MESSAGE = format('job %L was not released: a trigger or rule on table jobs has changed the update',
+                                   release_job.id),
+                  DETAIL = format('Its status is %L, its metadata %L.', v_released.status, v_released.metadata);
     END IF;
 
-    INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
+    INSERT INTO emergency_stops (
+        action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
     VALUES ('release', v_key, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
     PERFORM commit_durably();
     RETURN json_build_object(
@@ -96,5 +97,5 @@ END;
 $$;
 REVOKE ALL ON FUNCTION release_job(text, text, text, jsonb) FROM PUBLIC;
 COMMENT ON FUNCTION release_job(text, text, text, jsonb) IS
-    'Lifts the emergency stop of a job, which goes on in the status given; returns the JSON summary, {error, job_id} for an unknown job, '
-    '{error, job_id, status} for one that is not stopped. Raises 55P03 when others hold the job for longer than lock_timeout.';
+    'Lifts the emergency stop of a job, which goes on in the status given; returns the JSON summary, {error, job_id} '
+    'for an unknown job, {error, job_id, status} for one that is not stopped. Raises 55P03 when others hold it.';
