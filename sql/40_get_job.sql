@@ -1,6 +1,6 @@
 -- get_job(id): one job as it is now.
 -- Returns  {"job": {"id": "a", "status": "failed", "metadata": {...}, "created_at": "2025-09-29T23:48:00.000000Z",
---           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}; the id as it was asked for
+--           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}; id as it was given
 -- Raises   nothing of its own
 -- Locks    nothing
 CREATE OR REPLACE FUNCTION get_job(id text)
@@ -26,4 +26,4 @@ BEGIN
 END;
 $$;
 REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
-COMMENT ON FUNCTION get_job(text) IS 'One job as JSON, {job, status}, or {error, job_id} for an unknown one. Locks nothing.';
+COMMENT ON FUNCTION get_job(text) IS 'One job as JSON: {job, status}, or {error, job_id}. Locks nothing.';

@@ -31,8 +31,8 @@ BEGIN
             'started_at', to_char(e.started_at::timestamptz AT TIME ZONE 'UTC', v_format),
             'completed_at', to_char(e.completed_at::timestamptz AT TIME ZONE 'UTC', v_format))
         FROM executions e
-        -- Written so that only the index on (job_id, id) gives the order: after a runaway the statistics make the one on
-        -- id look better, and for the few executions of another job all would be read.
+        -- Written so that only the index on (job_id, id) gives the order: after a runaway the statistics make the one
+        -- on id look better, and for the few executions of another job all would be read.
         WHERE e.job_id >= v_job_id AND e.job_id <= v_job_id
           AND (v_after IS NULL OR (e.job_id, e.id) > (v_job_id, v_after))
           AND (list_executions.status IS NULL OR e.status = list_executions.status)
@@ -47,4 +47,4 @@ END;
 $$;
 REVOKE ALL ON FUNCTION list_executions(text, text, text, bigint, bigint) FROM PUBLIC;
 COMMENT ON FUNCTION list_executions(text, text, text, bigint, bigint) IS
-    'A job''s executions as JSON in id order, of one status, above an id, up to a number of rows or bytes. Locks nothing.';
+    'A job''s executions as JSON in id order, of one status, above an id, up to so many rows or bytes. Locks nothing.';
