@@ -1,10 +1,8 @@
 -- get_job(id): one job as it is now.
 -- Returns  {"job": {"id": "a", "status": "failed", "metadata": {...}, "created_at": "2025-09-29T23:48:00.000000Z",
---           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"};
---          the id as it was asked for
+--           "updated_at": ...}, "status": "failed"}, or {"error": "job not found", "job_id": "a"}; id as it was given
 -- Raises   nothing of its own
 -- Locks    nothing
-
 CREATE OR REPLACE FUNCTION get_job(id text)
 RETURNS json LANGUAGE plpgsql STABLE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -13,20 +11,19 @@ SET row_security = off     -- an error rather than a job that is not found
 AS $$
 DECLARE
     v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
-    v_id     CONSTANT jobs.id%TYPE := to_job_id(get_job.id);
-    v_job    jobs%ROWTYPE;
+    v_answer json;
 BEGIN
-    SELECT j.* INTO v_job FROM jobs j WHERE j.id = v_id;
-    IF NOT FOUND THEN
-        RETURN json_build_object('error', 'job not found', 'job_id', get_job.id);
-    END IF;
-    RETURN json_build_object(
+    SELECT json_build_object(
         'job', json_build_object(
-            'id', get_job.id, 'status', v_job.status, 'metadata', v_job.metadata,
-            'created_at', to_char(v_job.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
-            'updated_at', to_char(v_job.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
-        'status', v_job.status);
+            'id', get_job.id, 'status', j.status, 'metadata', j.metadata,
+            'created_at', to_char(j.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
+            'updated_at', to_char(j.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
+        'status', j.status)
+    INTO v_answer
+    FROM jobs j
+    WHERE j.id = to_job_id(get_job.id);
+    RETURN COALESCE(v_answer, json_build_object('error', 'job not found', 'job_id', get_job.id));
 END;
 $$;
 REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
-COMMENT ON FUNCTION get_job(text) IS 'One job as JSON, {job, status}, or {error, job_id} for an unknown one. Locks nothing.';
+COMMENT ON FUNCTION get_job(text) IS 'One job as JSON: {job, status}, or {error, job_id}. Locks nothing.';

@@ -1,26 +1,18 @@
 -- timeout_stuck_jobs(threshold, max_jobs): fails the jobs that have come to a standstill, those at it longest first.
--- A job is stuck when it is created, pending or processing, and neither it nor any of its executions was added, started,
--- completed or updated for the threshold, nor the job released. It becomes failed with its active executions; it gets
--- no emergency_stop mark. A job in any other state, or in none, is left alone: nobody knows whether that has ended.
--- Of a job, or an active execution, without any time nobody knows when it changed: it is not stuck.
--- Returns  {"ok": true, "message": "Stuck jobs timeout completed", "timed_out_count": 1, "timeout_threshold_minutes": 15,
---           "timed_out_jobs": [{"job_id": "a", "previous_status": "processing", "executions_stopped": 3}], "more": false}
---          "more" tells that some are left: beyond max_jobs (0 to 1,000), after 5 seconds, locked, or kept from failing
---          by triggers of the application's own
--- Raises   invalid_parameter_value (22023)    threshold is not between 0 and 525,600 minutes, max_jobs not between 0 and 1,000
---          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
---          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
---          lock_not_available (55P03)         a whole table was locked for longer than lock_timeout
--- Locks    for each job its barrier, alone and shared, then its active executions, then its row, FOR NO KEY UPDATE,
---          until the transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left
---          for the next call.
+-- A job is stuck when it is created, pending or processing, and neither it nor any of its executions was added,
+-- started, completed or updated for the threshold, nor the job released. It becomes failed with its active executions;
+-- it gets no emergency_stop mark. A job in any other state, or without any time, is left alone: it may have ended.
+-- Returns  {"ok": true, "message": "Stuck jobs timeout completed", "timed_out_count": 1,
+--           "timeout_threshold_minutes": 15, "more": false,
+--           "timed_out_jobs": [{"job_id": "a", "previous_status": "processing", "executions_stopped": 3}]}
+--          "more": some are left, beyond max_jobs, after 5 seconds, locked, or kept by triggers of the application's
+-- Raises   22023 for a threshold over 525,600 minutes or max_jobs over 1,000, 25000 above READ COMMITTED, 25006 in a
+--          read-only transaction, 55P03 where a whole table was locked for longer than lock_timeout
+-- Locks    for each job its barrier, alone and shared, its active executions and its row, FOR NO KEY UPDATE, until the
+--          transaction ends. A job that others hold for longer than 1 ms (100 ms while none is locked) is left.
 
--- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may have
--- been, or the job was stopped or released after that. A release counts by its record: a worker may write an old
--- updated_at back.
--- Returns  true or false
--- Raises   nothing of its own
--- Locks    nothing
+-- job_has_progressed(id, since): whether an execution of the job was added, started or completed after that, or may
+-- have been, or the job stopped or released. A release counts by its record: a worker may write back an old updated_at.
 CREATE OR REPLACE FUNCTION job_has_progressed(id text, since timestamptz)
 RETURNS boolean LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -28,88 +20,71 @@ AS $$
 DECLARE
     v_id CONSTANT jobs.id%TYPE := to_job_id(job_has_progressed.id);
 BEGIN
-    -- The latest first: of a job with a long history that goes on, few are looked at. Written so that only the index on
-    -- (job_id, id) gives the order: after a runaway the statistics make the one on id look better, and all is read.
+    -- The latest first: of a job that goes on, few are looked at. Only the index on (job_id, id) gives this order.
     PERFORM FROM executions e
     WHERE e.job_id >= v_id AND e.job_id <= v_id
-      AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > since, e.status IN ('pending', 'running', 'processing'))
+      AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > since,
+                   e.status IN ('pending', 'running', 'processing'))
     ORDER BY e.job_id DESC, e.id DESC
     LIMIT 1;
-    IF NOT FOUND THEN
-        PERFORM FROM emergency_stops s
-        WHERE s.job_id = job_has_progressed.id AND s.stopped_at > since
-        LIMIT 1;
-    END IF;
-    RETURN FOUND;
+    RETURN FOUND OR EXISTS (
+        SELECT FROM emergency_stops s WHERE s.job_id = job_has_progressed.id AND s.stopped_at > since);
 END;
 $$;
 REVOKE ALL ON FUNCTION job_has_progressed(text, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS
-    'Whether an execution of this job was added, started or completed since, or may have been, or the job was stopped or released. Locks nothing.';
+COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS 'Whether this job has got on since, or may have.';
 
--- time_out_job(id, since, at): fails one job with its active executions, if it is still stuck; `at` is when.
--- Returns  {"job_id": "a", "previous_status": "processing", "executions_stopped": 3}
--- Raises   SQLSTATE BS001              it is not stuck any more: it has progressed, ended or gone
---          SQLSTATE BS002              triggers of the application's own keep it, or an execution of it, from failing
---          lock_not_available (55P03)  others held it for longer than lock_timeout
--- Locks    its barrier, alone and shared, then its active executions, then its row, FOR NO KEY UPDATE. The caller lets go
---          of all that by rolling back to a savepoint if this raises something.
+-- time_out_job(id, since, at): fails one job with its active executions. Raises BS001 if it is not stuck any more,
+-- BS002 if triggers of the application's keep it from failing: the caller then lets go of what was locked.
 CREATE OR REPLACE FUNCTION time_out_job(id text, since timestamptz, at timestamptz)
 RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(time_out_job.id);
-    v_barrier CONSTANT bigint := job_barrier(time_out_job.id);
     v_before  text;
     v_after   text;
     v_failed  bigint;
     v_stopped bigint := 0::bigint;
     v_active  boolean;
 BEGIN
-    PERFORM pg_advisory_xact_lock(v_barrier);
-    PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which a stop knows that we hold the job until we commit
+    -- Alone, so that no execution starts; and shared, by which a stop knows that we hold the job until we commit.
+    PERFORM pg_advisory_xact_lock(job_barrier(id)), pg_advisory_xact_lock_shared(job_barrier(id));
     PERFORM FROM executions e
-    WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
-    FOR NO KEY UPDATE;
+    WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') FOR NO KEY UPDATE;
     SELECT j.status INTO v_before
     FROM jobs j
-    WHERE j.id = v_id AND j.status IN ('created', 'pending', 'processing') AND greatest(j.created_at, j.updated_at) <= since
-    FOR NO KEY UPDATE;
-    -- Now nobody else can change any of it.
+    WHERE j.id = v_id AND j.status IN ('created', 'pending', 'processing')
+      AND greatest(j.created_at, j.updated_at) <= since FOR NO KEY UPDATE;
     IF NOT FOUND OR job_has_progressed(time_out_job.id, since) THEN
-        RAISE SQLSTATE 'BS001' USING MESSAGE = format('job %s is not stuck any more', quote_literal(time_out_job.id));
+        RAISE SQLSTATE 'BS001';
     END IF;
 
-    -- A trigger of the application's own may start an execution for each that fails, so we look again.
-    FOR v_round IN 1 .. 10 LOOP
+    FOR v_round IN 1 .. 10 LOOP  -- a trigger of the application's own may start an execution for each that fails
         UPDATE executions e
-        SET status = 'failed',
-            completed_at = time_out_job.at,
+        SET status = 'failed', completed_at = time_out_job.at,
             output = as_object(e.output, 'previous_output') || '{"error": "Job timed out"}'
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
         GET DIAGNOSTICS v_failed = ROW_COUNT;
         v_stopped := v_stopped + v_failed;
-        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after we have looked
-        v_active := EXISTS (SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing'));
+        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start them after we have looked
+        v_active := EXISTS (
+            SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing'));
         EXIT WHEN NOT v_active;
     END LOOP;
     UPDATE jobs j
-    SET status = 'failed',
-        updated_at = time_out_job.at,
-        metadata = as_object(j.metadata, 'previous_metadata')
-                   || jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at))
+    SET status = 'failed', updated_at = time_out_job.at, metadata = as_object(j.metadata, 'previous_metadata')
+            || jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at))
     WHERE j.id = v_id
     RETURNING j.status INTO v_after;
-    IF v_after IS DISTINCT FROM 'failed' OR v_active THEN
-        RAISE SQLSTATE 'BS002' USING MESSAGE = format('triggers keep job %s from failing', quote_literal(time_out_job.id));
+    IF v_active OR v_after IS DISTINCT FROM 'failed' THEN
+        RAISE SQLSTATE 'BS002';
     END IF;
     RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);
 END;
 $$;
 REVOKE ALL ON FUNCTION time_out_job(text, timestamptz, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION time_out_job(text, timestamptz, timestamptz) IS
-    'Fails one job with its active executions if it has not progressed since, or raises BS001; locks its barrier, active executions and row.';
+COMMENT ON FUNCTION time_out_job(text, timestamptz, timestamptz) IS 'Fails one job that is stuck, with its executions.';
 
 CREATE OR REPLACE FUNCTION timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
@@ -120,29 +95,25 @@ AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_now          CONSTANT timestamptz := clock_timestamp();
-    v_candidates   CURSOR (before timestamptz) FOR  -- planned for its first rows, so that a long backlog is not sorted
-        SELECT j.id::text AS id
-        FROM jobs j
-        WHERE j.status IN ('created', 'pending', 'processing')
-          AND COALESCE(j.updated_at, '-infinity') <= before AND greatest(j.created_at, j.updated_at) <= before
-        ORDER BY COALESCE(j.updated_at, '-infinity'), j.id;
     v_before       timestamptz;
     v_jobs         json[] := '{}'::json[];
     v_more         boolean := false;
+    v_stuck        CURSOR FOR  -- planned for its first rows, so that a long backlog is not sorted
+        SELECT j.id::text AS id
+        FROM jobs j
+        WHERE j.status IN ('created', 'pending', 'processing') AND greatest(j.created_at, j.updated_at) <= v_before
+          AND COALESCE(j.updated_at, '-infinity') <= v_before AND NOT job_has_progressed(j.id::text, v_before)
+        ORDER BY COALESCE(j.updated_at, '-infinity'), j.id;
 BEGIN
     PERFORM require_read_committed('timeout_stuck_jobs');
-    IF (threshold > '0' AND extract(epoch FROM threshold) <= 525600 * 60) IS NOT TRUE THEN
-        RAISE invalid_parameter_value
-            USING MESSAGE = format('threshold is %s: expected more than 0, at most 525600 minutes', COALESCE(threshold::text, 'null'));
-    END IF;
-    IF (max_jobs BETWEEN 0 AND 1000) IS NOT TRUE THEN
-        RAISE invalid_parameter_value
-            USING MESSAGE = format('max_jobs is %s: expected 0 to 1000', COALESCE(max_jobs::text, 'null'));
+    IF (threshold > '0' AND extract(epoch FROM threshold) <= 525600 * 60 AND max_jobs BETWEEN 0 AND 1000) IS NOT TRUE
+    THEN
+        RAISE invalid_parameter_value USING MESSAGE = format(
+            'threshold is %L: expected more than 0, at most 525600 minutes; max_jobs is %L: expected 0 to 1000',
+            threshold, max_jobs);
     END IF;
     v_before := v_now - threshold;
-
-    FOR v_job IN v_candidates(v_before) LOOP
-        CONTINUE WHEN job_has_progressed(v_job.id, v_before);
+    FOR v_job IN v_stuck LOOP
         IF cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + interval '5 s' THEN
             v_more := true;
             EXIT;
@@ -150,22 +121,17 @@ BEGIN
         BEGIN
             -- While nothing is locked yet, we can afford to queue for a moment. A flood of short transactions, of which
             -- one or another always holds the job, would otherwise keep it from being timed out for ever.
-            PERFORM set_config('lock_timeout', CASE WHEN cardinality(v_jobs) = 0 AND clock_timestamp() < v_now + interval '1 s'
-                                                    THEN '100ms' ELSE '1ms' END, true);
+            PERFORM set_config('lock_timeout', CASE
+                WHEN v_jobs[1] IS NULL AND clock_timestamp() - v_now < '1 s' THEN '100ms' ELSE '1ms' END, true);
             v_jobs := v_jobs || time_out_job(v_job.id, v_before, v_now);
         EXCEPTION
-            -- Whatever was locked is let go of.
+            WHEN SQLSTATE 'BS001' THEN
             WHEN lock_not_available OR deadlock_detected OR SQLSTATE 'BS002' THEN
                 v_more := true;
-            WHEN SQLSTATE 'BS001' THEN
-                NULL;
         END;
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
-
-    IF cardinality(v_jobs) > 0 THEN
-        PERFORM commit_durably();
-    END IF;
+    PERFORM commit_durably() WHERE cardinality(v_jobs) > 0;
     INSERT INTO batch_changes (operation, job_id, previous_status, executions_stopped, changed_at)
     SELECT 'timeout_stuck_jobs', b ->> 'job_id', b ->> 'previous_status', (b ->> 'executions_stopped')::bigint, v_now
     FROM unnest(v_jobs) AS b;
@@ -177,6 +143,4 @@ END;
 $$;
 REVOKE ALL ON FUNCTION timeout_stuck_jobs(interval, int) FROM PUBLIC;
 COMMENT ON FUNCTION timeout_stuck_jobs(interval, int) IS
-    'Fails jobs, with their active executions, that have not progressed for the threshold; up to max_jobs, the oldest first; '
-    'returns the JSON summary. Raises 25000 above READ COMMITTED, 25006 on a standby, 22023 for arguments out of range. '
-    'Locks each job''s barrier, active executions and row until the transaction ends, leaving out jobs that others hold.';
+    'Fails the jobs that have made no progress for the threshold, with their active executions; returns JSON.';
