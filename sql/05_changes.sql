@@ -157,7 +157,8 @@ AS $$
           WHEN p.proname = 'emergency_stop_blockers' THEN NOT 'database_user' = ANY (p.proargnames)
           ELSE p.oid::regprocedure::text IN (
               'emergency_stop_end_blockers(text)', 'emergency_stop_job(text,text)',
-              'emergency_stop_jobs(text[],text[])', 'list_executions(text,text,bigint,bigint,bigint)')
+              'emergency_stop_jobs(text[],text[])', 'list_executions(text,text,bigint,bigint,bigint)',
+              'republications(text)')
       END
     UNION ALL
     SELECT format('index %s of version 1.0: dropped', o.name), format('DROP INDEX %I', o.name)

@@ -148,29 +148,3 @@ BEGIN
     RETURN NULL;
 END;
 $$;
-
--- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
--- anew in each statement, which would cost more than the rest of a one-row update: so they only let through what every
--- worker does, in as few words as possible, and the functions look closer.
-DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger t
-                   WHERE t.tgrelid = 'executions'::regclass AND t.tgname = 'guard_inserted_executions') THEN
-        CREATE TRIGGER guard_inserted_executions AFTER INSERT ON executions
-            REFERENCING NEW TABLE AS inserted
-            FOR EACH STATEMENT EXECUTE FUNCTION guard_inserted_executions();
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t
-                   WHERE t.tgrelid = 'executions'::regclass AND t.tgname = 'guard_updated_execution') THEN
-        CREATE TRIGGER guard_updated_execution AFTER UPDATE ON executions
-            FOR EACH ROW WHEN ((OLD.status = ANY ('{pending,running,processing}')) IS NOT TRUE
-                               OR NEW.job_id IS DISTINCT FROM OLD.job_id)
-            EXECUTE FUNCTION guard_updated_execution();
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = 'jobs'::regclass AND t.tgname = 'guard_updated_job') THEN
-        CREATE TRIGGER guard_updated_job AFTER UPDATE ON jobs
-            FOR EACH ROW WHEN (OLD.status = ANY ('{completed,failed,cancelled}'))
-            EXECUTE FUNCTION guard_updated_job();
-    END IF;
-END;
-$$;
