@@ -151,21 +151,15 @@ BEGIN
 END;
 $$;
 
--- without_reason_of_last_stop(id, metadata): a job's metadata without the reason that its last stop has left there.
--- A reason of somebody else's stays.
-CREATE OR REPLACE FUNCTION without_reason_of_last_stop(id text, metadata jsonb)
-RETURNS jsonb LANGUAGE plpgsql STABLE
+-- last_stop_reason(id): the reason of a job's last stop, which has left it in the job's metadata; NULL if it had none.
+CREATE OR REPLACE FUNCTION last_stop_reason(id text)
+RETURNS text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF metadata ->> 'reason' = (
-        SELECT s.reason FROM emergency_stops s
-        WHERE s.job_id = without_reason_of_last_stop.id AND s.action = 'stop'
-        ORDER BY s.id DESC LIMIT 1
-    ) THEN
-        RETURN metadata - 'reason';
-    END IF;
-    RETURN metadata;
+    RETURN (SELECT s.reason FROM emergency_stops s
+            WHERE s.job_id = last_stop_reason.id AND s.action = 'stop'
+            ORDER BY s.id DESC LIMIT 1);
 END;
 $$;
 
@@ -233,8 +227,9 @@ BEGIN
             SET status = CASE WHEN j.status IN ('completed', 'cancelled') THEN j.status ELSE 'failed' END,
                 updated_at = fail_job.at,
                 metadata = CASE WHEN j.metadata IS NULL THEN mark
-                                ELSE without_reason_of_last_stop(fail_job.id, as_object(j.metadata, 'previous_metadata'))
-                                     || mark
+                                -- Without the reason of the last stop. A reason of somebody else's stays.
+                                WHEN j.metadata ->> 'reason' = last_stop_reason(fail_job.id) THEN j.metadata - 'reason' || mark
+                                ELSE as_object(j.metadata, 'previous_metadata') || mark
                            END
             WHERE j.id = v_id;
             GET DIAGNOSTICS v_jobs = ROW_COUNT;
