@@ -252,6 +252,42 @@ BEGIN
 END;
 $$;
 
+-- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers where there is nothing to stop,
+-- else NULL. It changes and locks nothing. Raises 55P03 if the job has ended, but others hold its barrier.
+CREATE OR REPLACE FUNCTION answer_if_ended(id text, asked_id text, sessions_ended int, barrier bigint)
+RETURNS json LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id         CONSTANT jobs.id%TYPE := answer_if_ended.id;
+    v_status     text;
+    v_is_free    boolean;
+    v_left_alone jsonb;
+BEGIN
+    -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction that
+    -- was admitted before the end is still open: it holds the barrier. A transaction that sets the job back shows in xmax;
+    -- with a mark no transaction can. The barrier is given back at once, since a lock that outlives the call costs more.
+    SELECT j.status, pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier) INTO v_status, v_is_free
+    FROM jobs j
+    WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
+      AND (j.metadata @> '{"emergency_stop": true}'
+           OR (j.status <> 'failed' OR last_record(answer_if_ended.id) = 'stop')
+              AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
+    IF NOT v_is_free THEN
+        RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+    ELSIF v_is_free THEN
+        PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+        v_left_alone := CASE WHEN FOUND THEN unfinished_executions(answer_if_ended.id) END;
+        IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
+            RETURN json_strip_nulls(json_build_object(
+                'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
+                'action', 'none', 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
+        END IF;
+    END IF;
+    RETURN NULL;
+END;
+$$;
+
 -- attempt_stop(id, ...): stops a job, or fails as soon as a lock is not to be had: at once, or in the given time from the
 -- second attempt on, which locks all rows before it updates any, in the even attempts executions first, in the odd ones
 -- the job first, because workers lock in either order. id is the id as it is in the table, asked_id as the caller has it.
@@ -345,9 +381,6 @@ DECLARE
     v_ended        int;  -- sessions, once force has been used
     v_gone         int;
     v_problem      text;
-    v_status       text;
-    v_is_free      boolean;
-    v_left_alone   jsonb;
     v_answer       json;
 BEGIN
     IF length(reason) > 1000 OR jsonb_typeof(caller) <> 'object' OR current_setting('transaction_read_only')::boolean
@@ -360,36 +393,17 @@ BEGIN
         PERFORM limit_lock_wait(v_patience);
     END IF;
 
-    -- Is there nothing to stop? Nobody starts an execution of a job that has ended, so what is committed is all there is,
-    -- unless a transaction that was admitted before the end is still open: it holds the barrier. Who is just setting the
-    -- job back shows in xmax; with a mark nobody can. The barrier is given back at once: a lock that lasts costs more.
     BEGIN
         v_id := id;
-        v_barrier := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
-        SELECT j.status, pg_try_advisory_lock(v_barrier) AND pg_advisory_unlock(v_barrier) INTO v_status, v_is_free
-        FROM jobs j
-        WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
-          AND (j.metadata @> '{"emergency_stop": true}'
-               OR (j.status <> 'failed' OR last_record(v_id::text) = 'stop')
-                  AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
-        IF v_is_free THEN
-            PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
-            v_left_alone := CASE WHEN FOUND THEN unfinished_executions(v_id::text) END;
-            IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
-                v_answer := json_strip_nulls(json_build_object(
-                    'ok', true, 'message', 'Job already in terminal state', 'job_id', id, 'status', v_status,
-                    'action', 'none', 'left_alone', v_left_alone));
-            END IF;
-        END IF;
-    EXCEPTION
-        WHEN data_exception THEN  -- the type of the column cannot hold this id
-            RETURN json_build_object('error', 'job not found', 'job_id', id);
-        WHEN lock_not_available OR deadlock_detected THEN  -- others hold the tables
+    EXCEPTION WHEN data_exception THEN  -- the type of the column cannot hold this id
+        RETURN json_build_object('error', 'job not found', 'job_id', id);
     END;
-
-    WHILE v_answer IS NULL LOOP
+    v_barrier := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
+    LOOP
         v_began := clock_timestamp();
         BEGIN
+            v_answer := answer_if_ended(v_id::text, id, COALESCE(v_ended, 0), v_barrier);
+            EXIT WHEN v_answer IS NOT NULL;
             v_answer := attempt_stop(v_id::text, id, reason, COALESCE(v_ended, 0), caller, v_barrier, v_wait, v_attempt);
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
