@@ -60,6 +60,7 @@ RETURNS TABLE (pid int, application_name text, database_user text, state text, t
                may_be_ended boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
+SET jit = off  -- which takes longer to compile the plan than the plan takes to run
 AS $$
 DECLARE
     v_key     CONSTANT text := to_job_id(holders_of_job.id)::text;
