@@ -107,13 +107,14 @@ RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_is_lost boolean := false;
-    v_detail  text;
-    v_hint    text;
+    v_answer json;
+    v_detail text;
+    v_hint   text;
 BEGIN
-    LOOP
+    FOR v_try IN 1 .. 2 LOOP
         BEGIN
-            RETURN shard_call(partition, call, arguments, current_setting('lock_timeout'));
+            v_answer := shard_call(partition, call, arguments, current_setting('lock_timeout'));
+            EXIT;
         EXCEPTION
             WHEN lock_not_available THEN
                 -- PL/Proxy puts words of its own before both.
@@ -122,18 +123,17 @@ BEGIN
                     USING MESSAGE = SQLERRM, DETAIL = substr(v_detail, length('Remote detail: ') + 1),
                           HINT = substr(v_hint, length('Remote hint: ') + 1);
             WHEN internal_error OR admin_shutdown OR crash_shutdown OR cannot_connect_now THEN
-                IF v_is_lost THEN
-                    -- A function there may have raised XX000. PL/Proxy's own errors begin with its name.
-                    IF SQLSTATE = 'XX000' AND NOT starts_with(SQLERRM, 'PL/Proxy function ') THEN
-                        RAISE;
-                    END IF;
-                    RAISE connection_failure USING MESSAGE = format('shard p%s is away: %s', (
-                        SELECT p.shard FROM partitions() p WHERE p.partition = on_shard.partition), SQLERRM);
-                END IF;
                 -- The next call makes a new session there. All calls can be repeated.
-                v_is_lost := true;
+                CONTINUE WHEN v_try = 1;
+                -- A function there may have raised XX000. PL/Proxy's own errors begin with its name.
+                IF SQLSTATE = 'XX000' AND NOT starts_with(SQLERRM, 'PL/Proxy function ') THEN
+                    RAISE;
+                END IF;
+                RAISE connection_failure USING MESSAGE = format('shard p%s is away: %s', (
+                    SELECT p.shard FROM partitions() p WHERE p.partition = on_shard.partition), SQLERRM);
         END;
     END LOOP;
+    RETURN v_answer;
 END;
 $$;
 
