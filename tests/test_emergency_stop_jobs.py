@@ -217,7 +217,7 @@ def stop_several(client, ids):
 
 
 def test_two_calls_for_the_same_jobs_in_opposite_orders_at_once(make_app, connect, db, make_job):
-    """A job that a worker holds keeps both of them at work; each has met the jobs that the other was stopping."""
+    """A job that a worker holds keeps both of them at work at the same time."""
     client = Client(make_app(lock_timeout="4s"))
     jobs = [make_job(running=2) for _ in range(50)]
     worker = connect(autocommit=False)
