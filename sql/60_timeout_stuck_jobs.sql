@@ -31,8 +31,6 @@ BEGIN
         SELECT FROM emergency_stops s WHERE s.job_id = job_has_progressed.id AND s.stopped_at > since);
 END;
 $$;
-REVOKE ALL ON FUNCTION job_has_progressed(text, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION job_has_progressed(text, timestamptz) IS 'Whether this job has got on since, or may have.';
 
 -- time_out_job(id, since, at): fails one job with its active executions. Raises BS001 if it is not stuck any more,
 -- BS002 if triggers of the application's keep it from failing: the caller then lets go of what was locked.
@@ -83,8 +81,6 @@ BEGIN
     RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);
 END;
 $$;
-REVOKE ALL ON FUNCTION time_out_job(text, timestamptz, timestamptz) FROM PUBLIC;
-COMMENT ON FUNCTION time_out_job(text, timestamptz, timestamptz) IS 'Fails one job that is stuck, with its executions.';
 
 CREATE OR REPLACE FUNCTION timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER

@@ -34,8 +34,6 @@ BEGIN
     END;
 END;
 $$;
-REVOKE ALL ON FUNCTION next_attempt(text, jsonb) FROM PUBLIC;
-COMMENT ON FUNCTION next_attempt(text, jsonb) IS 'Which attempt it is to republish this failed job, and why it is skipped.';
 
 CREATE OR REPLACE FUNCTION repair_stuck_jobs(max_age interval DEFAULT '24 hours', max_jobs int DEFAULT 100)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER

@@ -1,11 +1,12 @@
 """sql/38_emergency_stop_faults.sql: whatever would keep the brake from working is named before it is needed."""
 
 import statistics
+import threading
 import time
 
 import psycopg
 import pytest
-from conftest import in_thread
+from conftest import Client, in_thread, wait_until
 
 import beacon_stop
 
@@ -308,6 +309,44 @@ def test_checks_beside_it_do_not_disturb_a_stop(db, make_job, connect, service_u
         finally:
             over.append(True)
     assert [answer["executions_stopped"] for answer in answers] == [42] * 20
+
+
+def test_readiness_keeps_no_lock_that_a_stop_waits_for(db, connect, service_url, make_job):
+    """What it asks, in a transaction that stays open: each lock that it takes, if only for a moment, is still there."""
+    job_id = make_job(running=42)
+    check, operator = connect(service_url, autocommit=False), connect(service_url)
+    assert check.execute(beacon_stop.MISSING_FUNCTIONS, (beacon_stop.FUNCTIONS,)).fetchall() == []
+    assert check.execute(FAULTS).fetchall() == []
+
+    locks = db.execute(
+        "SELECT locktype, mode, relation::regclass::text FROM pg_locks WHERE pid = %s", (check.info.backend_pid,)
+    ).fetchall()
+    assert [lock for lock in locks if lock[0] in ("advisory", "transactionid", "tuple")] == []
+    assert {mode for kind, mode, _ in locks if kind == "relation"} == {"AccessShareLock"}
+    assert not {"jobs", "executions", "emergency_stops", "batch_changes"} & {name for _, _, name in locks}
+    operator.execute("SET lock_timeout = '1ms'")
+    (answer,) = operator.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()
+    assert answer["executions_stopped"] == 42
+
+
+def test_hundreds_of_readiness_checks_beside_stops_with_a_tiny_lock_timeout(make_app, make_job):
+    client = Client(make_app(lock_timeout="20ms"))
+    jobs = [make_job(running=2) for _ in range(40)]
+    statuses, over = [], threading.Event()
+
+    def check():
+        while not over.is_set() or len(statuses) < 200:
+            statuses.append(client("GET", "/health/ready").status)
+
+    with in_thread(check), in_thread(check):
+        try:
+            wait_until(lambda: len(statuses) >= 10)
+            answers = [client.stop(job_id) for job_id in jobs]
+        finally:
+            over.set()
+    assert [(answer.status, answer.json["executions_stopped"]) for answer in answers] == [(200, 2)] * 40
+    assert len(statuses) >= 200
+    assert set(statuses) == {200}
 
 
 def test_installing_again_does_away_with_changed_functions(db, owner_url, faults):

@@ -1,5 +1,6 @@
 """sql/32_emergency_stop_jobs.sql, and the calls over HTTP that share a transaction by it."""
 
+import json
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import psycopg
 import pytest
-from conftest import Client, count_active, in_thread, is_waiting, wait_until
+from conftest import TOKEN, Client, count_active, in_thread, is_waiting, wait_until
 from psycopg.types.json import Jsonb
 
 import beacon_stop
@@ -206,6 +207,48 @@ def stops_at_work(client, db, *ids):
 def stop_all(client, ids):
     with ThreadPoolExecutor(len(ids)) as executor:
         return list(executor.map(client.stop, ids))
+
+
+def stop_several(client, ids):
+    """One call for several; its answer, and how long it took."""
+    started = time.monotonic()
+    answer = client("POST", "/admin/emergency-stop", json.dumps({"job_ids": ids}).encode(), HTTP_X_ADMIN_TOKEN=TOKEN)
+    return answer, time.monotonic() - started
+
+
+def test_two_calls_for_the_same_jobs_in_opposite_orders_at_once(make_app, connect, db, make_job):
+    """A job that a worker holds keeps both of them at work at the same time."""
+    client = Client(make_app(lock_timeout="4s"))
+    jobs = [make_job(running=2) for _ in range(50)]
+    worker = connect(autocommit=False)
+    worker.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (jobs[25],))
+
+    with ThreadPoolExecutor(2) as operators:
+        calls = [operators.submit(stop_several, client, ids) for ids in (jobs, jobs[::-1])]
+        others = "SELECT count(*) FROM emergency_stops"
+        wait_until(lambda: db.execute(others).fetchone() == (49,))
+        waiting = """
+            SELECT count(*) FROM pg_stat_activity
+            WHERE query LIKE '%FROM emergency_stop_jobs(%' AND datname = current_database() AND wait_event_type = 'Lock'"""
+        wait_until(lambda: db.execute(waiting).fetchone() == (2,))
+        assert not any(call.done() for call in calls)
+        worker.rollback()
+        (there, there_took), (back, back_took) = [call.result() for call in calls]
+    assert (there.status, back.status) == (200, 200)
+    assert max(there_took, back_took) < 4 + 1
+    assert [result["job_id"] for result in there.json["results"]] == jobs
+    assert [result["job_id"] for result in back.json["results"]] == jobs[::-1]
+    for answer in (there.json, back.json):
+        messages = [result["message"] for result in answer["results"]]
+        assert answer["stopped"] == messages.count("Job emergency stopped")
+        assert answer["already_terminal"] == messages.count("Job already in terminal state")
+        assert answer["stopped"] + answer["already_terminal"] == 50
+        assert (answer["not_found"], answer["locked"]) == (0, 0)
+    stopped = [result for answer in (there, back) for result in answer.json["results"] if "executions_stopped" in result]
+    assert sorted(result["job_id"] for result in stopped) == sorted(jobs)
+    assert {result["executions_stopped"] for result in stopped} == {2}
+    assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (50, 50)
+    assert [count_active(db, job_id) for job_id in jobs] == [0] * 50
 
 
 def test_a_stop_that_is_alone_is_in_no_group(client, db, make_job, seen):

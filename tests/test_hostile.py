@@ -1033,6 +1033,56 @@ def test_a_stop_of_100_000_executions_cut_off_by_kill_9_is_all_or_nothing(folder
             assert count_active(db, "big") == 0
 
 
+def test_a_call_for_100_jobs_cut_off_by_kill_9_leaves_each_stopped_or_as_it_was(folder, start_service):
+    """Its first transaction has stopped 90, and its second one five of the ten that were locked before."""
+    jobs = [f"job-{number:03}" for number in range(100)]
+    states = """
+        SELECT status, active, marked, records, count(*)
+        FROM (SELECT j.status, count(*) FILTER (WHERE e.status = 'running') AS active,
+                     count(*) FILTER (WHERE e.output @> '{"emergency_stop": true}') AS marked,
+                     (SELECT count(*) FROM emergency_stops s WHERE s.job_id = j.id) AS records
+              FROM jobs j JOIN executions e ON e.job_id = j.id GROUP BY j.id) AS each
+        GROUP BY 1, 2, 3, 4 ORDER BY 1"""
+    with contextlib.ExitStack() as servers:
+        url = servers.enter_context(beacon_stop.embedded_postgres(folder))
+        beacon_stop.init_db(url)
+        db = servers.enter_context(psycopg.connect(url, autocommit=True))
+        for statement in (
+            "ALTER DATABASE postgres SET synchronous_commit = off", "ALTER SYSTEM SET wal_writer_delay = '10s'",
+            "SELECT pg_reload_conf()",
+        ):  # fmt: skip
+            db.execute(statement)
+        db.execute("INSERT INTO jobs (id, status) SELECT unnest(%s::text[]), 'processing'", (jobs,))
+        db.execute("INSERT INTO executions (job_id, status) SELECT id, 'running' FROM jobs, generate_series(1, 3)")
+        db.execute("""
+            CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$;
+            CREATE TRIGGER hang BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id = 'job-095') EXECUTE FUNCTION hang()""")
+        worker = servers.enter_context(psycopg.connect(url))
+        worker.execute("SELECT FROM jobs WHERE id >= 'job-090' FOR UPDATE")
+        service = start_service(DATABASE_URL=url, BEACON_LOCK_TIMEOUT="20s")
+        with ThreadPoolExecutor(1) as operator:
+            body = json.dumps({"job_ids": jobs[::-1]}).encode()
+            call = operator.submit(service, "POST", "/admin/emergency-stop", body, **{"X-Admin-Token": TOKEN})
+            wait_until(lambda: db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (90,))
+            worker.rollback()
+            at_work = """
+                SELECT FROM pg_stat_activity
+                WHERE query LIKE '%FROM emergency_stop_jobs(%' AND wait_event = 'PgSleep' AND backend_xid IS NOT NULL"""
+            wait_until(lambda: db.execute(at_work).rowcount == 1)
+            assert not call.done()
+            kill(folder / "data" / "postmaster.pid")
+            service.process.kill()  # so that it does not try again
+            with pytest.raises(OSError):
+                call.result()
+        servers.enter_context(beacon_stop.embedded_postgres(folder))
+        with psycopg.connect(url, autocommit=True) as db:
+            assert db.execute(states).fetchall() == [("failed", 0, 3, 1, 90), ("processing", 3, 0, 0, 10)]
+
+            db.execute("DROP TRIGGER hang ON jobs")
+            assert db.execute("SELECT count(*) FROM emergency_stop_jobs(%s)", (jobs,)).fetchone() == (100,)
+            assert db.execute(states).fetchall() == [("failed", 0, 3, 1, 100)]
+
+
 # --- Push ---
 
 

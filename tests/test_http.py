@@ -7,8 +7,12 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import psycopg_pool
 import pytest
-from conftest import GENEROUS, TOKEN, Client, count_active, new_database, slow_down_stops, url_of, wait_until
+from conftest import (
+    GENEROUS, SERVICE_PASSWORD, TOKEN, Client, count_active, new_database, slow_down_stops, url_of, wait_until,
+)  # fmt: skip
+from psycopg.conninfo import make_conninfo
 
 import beacon_stop
 
@@ -1067,6 +1071,32 @@ def test_a_working_connection_is_not_given_up_for_its_age(make_app, make_job, db
     (connection,) = app.database.admin._pool
 
     assert connection._expire_at == float("inf")
+
+
+def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role(
+    make_app, make_job, db, connect, owner_url, monkeypatch
+):
+    """And years have passed: 1.0 gave its working connection up for its age, and had none from then on."""
+    db.execute(
+        "DROP ROLE IF EXISTS beacon_limited;"
+        f"CREATE ROLE beacon_limited LOGIN PASSWORD '{SERVICE_PASSWORD}' CONNECTION LIMIT 6 IN ROLE beacon_service"
+    )
+    limited_url = make_conninfo(owner_url, user="beacon_limited", password=SERVICE_PASSWORD)
+    app = make_app(database_url=limited_url, read_database_url=limited_url, admin_pool=1, read_pool=1)
+    client = Client(app)
+    client.stop("warm up")
+    (connection,) = app.database.admin._pool
+    with pytest.raises(psycopg.OperationalError, match="too many connections for role"):
+        for _ in range(7):
+            connect(limited_url)
+    for module in (psycopg_pool.pool, psycopg_pool.base):
+        monkeypatch.setattr(module, "monotonic", lambda: time.monotonic() + 10 * 365 * 86_400)
+
+    for _ in range(3):
+        assert client.stop(make_job(running=2)).json["executions_stopped"] == 2
+        assert list(app.database.admin._pool) == [connection]
+    app.close()
+    db.execute("DROP ROLE beacon_limited")
 
 
 def test_warnings_of_the_database_are_logged(client, make_job, db, capsys):

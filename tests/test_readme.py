@@ -247,6 +247,12 @@ def test_psql_and_curl_without_a_secret_in_the_process_list(shell, service_url, 
     assert lines_of(shell(header))[0]["minutes"] == 5
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_no_command_shows_a_password_in_a_psql_url(name):
+    commands = "\n".join(blocks_of((ROOT / name).read_text(), "(?:bash|sh|console)"))
+    assert re.findall(r"psql[^\n]*://[^\s:@/]*:[^\s@]*@|psql[^\n]*\bpassword=", commands) == []
+
+
 def test_installing_and_taking_away_with_psql_alone(bare_database, server_url):
     parts = conninfo_to_dict(server_url)
     environment = {
