@@ -88,9 +88,9 @@ BEGIN
         INTO v_found
         FROM total t;
         -- If fewer than half of the latest are new, then all new ones are among them. Else it looks at more, as many as
-        -- can be read until 90 ms are over.
+        -- can be read until 300 ms are over.
         EXIT WHEN v_found.started < v_rows / 2 AND NOT v_found.is_cut OR v_rows = 100000;
-        v_times := extract(epoch FROM v_now + '90 ms' - clock_timestamp())
+        v_times := extract(epoch FROM v_now + '300 ms' - clock_timestamp())
                    / extract(epoch FROM clock_timestamp() - v_began);
         EXIT WHEN v_times < 2;
         v_rows := least(v_rows * least(v_times, 10), 100000)::int;
