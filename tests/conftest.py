@@ -8,15 +8,17 @@ import http.client
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +54,29 @@ def readme_block(language: str, containing: str) -> str:
     return block
 
 
+LONGEST = 60  # seconds for a test, or for what its fixtures do before it or after it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """Fail a test that takes too long, whatever it waits for: an answer that never ends must not hang the suite."""
+
+    def fail(*_: Any) -> None:
+        pytest.fail(f"it has not ended after {LONGEST} seconds")
+
+    signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST, 5)  # every 5 s from then on: leaving the test may wait for the same
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for handler in logging.getLogger("beacon_stop").handlers:
+            handler.flush()  # a line that is written later would stand among pytest's own
+
+
+pytest_runtest_setup = pytest_runtest_teardown = pytest_runtest_call
+
+
 def new_folder() -> TemporaryDirectory[str]:
     """For a server's data. pytest's own folders belong to its user alone, whom PostgreSQL does not run as if that is root."""
     return TemporaryDirectory(prefix="beacon-test-", ignore_cleanup_errors=True)
@@ -66,7 +91,7 @@ def new_folder_in_memory() -> TemporaryDirectory[str]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    with new_folder() as folder:
+    with new_folder_in_memory() as folder:
         yield Path(folder)
 
 
@@ -122,7 +147,7 @@ def new_database(server_url: str, template: str) -> Iterator[psycopg.Connection]
     name = f"test_{next(database_numbers)}"
     with psycopg.connect(server_url, autocommit=True) as server:
         server.execute(f"DROP DATABASE IF EXISTS {name}")  # an interrupted run's, where the server outlives it
-        server.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")  # a third of the time in memory
         try:
             with psycopg.connect(server_url, dbname=name) as connection:
                 yield connection
@@ -222,6 +247,32 @@ def slow_down_stops(db: psycopg.Connection, seconds: float) -> None:
         CREATE TRIGGER slow_down BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION slow_down()""")
 
 
+def hold_stops(db: psycopg.Connection) -> None:
+    """Let each stop wait, when it has just failed the executions, until `let_stops_go`."""
+    db.execute("""
+        CREATE FUNCTION wait_to_go_on() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            WHILE NOT pg_try_advisory_xact_lock_shared(42) LOOP PERFORM pg_sleep(0.01); END LOOP;  -- no lock_timeout ends it
+            RETURN NULL; END $$;
+        CREATE TRIGGER wait_to_go_on AFTER UPDATE ON executions EXECUTE FUNCTION wait_to_go_on()""")
+    db.execute("SELECT pg_advisory_lock(42)")
+
+
+def stops_are_held(db: psycopg.Connection) -> bool:
+    held = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database())"
+    return db.execute(held).fetchone()[0]
+
+
+def let_stops_go(db: psycopg.Connection) -> None:
+    db.execute("SELECT pg_advisory_unlock(42)")
+
+
+def change_function(db: psycopg.Connection, name: str, found: str, instead: str) -> None:
+    """Change a number in a function, so that a test need not wait as long, or can be sure to be in time."""
+    (definition,) = db.execute("SELECT pg_get_functiondef(%s::regproc)", (name,)).fetchone()
+    assert definition.count(found) == 1, definition
+    db.execute(definition.replace(found, instead))
+
+
 def age(db: psycopg.Connection, minutes: float, *job_ids: str) -> None:
     """Make jobs and all their executions look as if nothing had happened to them for so many minutes."""
     for statement in (
@@ -318,22 +369,29 @@ def client(make_app: Callable[..., beacon_stop.Application]) -> Client:
     return Client(make_app())
 
 
-@pytest.fixture
-def serve_app() -> Iterator[Callable[..., beacon_stop.Server]]:
+@contextmanager
+def serving(app: Callable[..., Any], host: str = "127.0.0.1") -> Iterator[beacon_stop.Server]:
     """Serve an application with the stdlib server, in threads of this process."""
-    running = []
-
-    def serve_app(app: Callable[..., Any]) -> beacon_stop.Server:
-        server = beacon_stop.Server(app, "127.0.0.1", 0)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        running.append((server, thread))
-        return server
-
-    yield serve_app
-    for server, thread in running:
+    server = beacon_stop.Server(app, host, 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
         server.stop()
         thread.join(30)
+
+
+@pytest.fixture
+def serve_app() -> Iterator[Callable[..., beacon_stop.Server]]:
+    with ExitStack() as servers:
+        yield lambda app: servers.enter_context(serving(app))
+
+
+@pytest.fixture(scope="session")
+def shared_server(shared_app: beacon_stop.Application) -> Iterator[beacon_stop.Server]:
+    with serving(shared_app) as server:
+        yield server
 
 
 @dataclass
@@ -367,9 +425,11 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
     started: list[subprocess.Popen[str]] = []
     readers: list[threading.Thread] = []
 
-    def start_service(**environment: str) -> Service:
+    def start_service(constants: str = "", **environment: str) -> Service:
+        """With `constants`, statements that change some of the module's, such as how long it waits."""
+        program = f"import beacon_stop, sys; {constants}; sys.exit(beacon_stop.main())"
         process = subprocess.Popen(
-            [sys.executable, "-m", "beacon_stop", "serve", "--port", "0"],
+            [sys.executable, *(["-c", program] if constants else ["-m", "beacon_stop"]), "serve", "--port", "0"],
             env={
                 "PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url,
                 "BEACON_ADMIN_RATE": "1000000/second", "BEACON_FAILED_RATE": "1000000/second", "BEACON_READ_RATE": "1000000/second",

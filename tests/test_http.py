@@ -386,6 +386,7 @@ def test_health(client, make_app, db):
 
 def test_without_a_database(make_app, monkeypatch):
     monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
     client = Client(make_app(database_url="postgresql://nobody:secret-password@127.0.0.1:9/nowhere?connect_timeout=1"))
 
     assert client("GET", "/health/live").status == 200
@@ -645,6 +646,7 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
 
 def test_secrets_stay_secret(make_app, capsys, monkeypatch):
     monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.5)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
     app = make_app(database_url="postgresql://u:secret-password@127.0.0.1:9/nowhere?connect_timeout=1")
     client = Client(app)
     client.stop("a")
@@ -818,7 +820,8 @@ def test_force_ends_the_holders_and_stops(connect, make_app, make_job, db):
     assert (answer.status, answer.json["sessions_ended"], answer.json["executions_stopped"]) == (200, 1, 1)
 
 
-def test_a_lock_that_a_trigger_does_not_get_is_not_a_locked_job(client, make_job, db):
+def test_a_lock_that_a_trigger_does_not_get_is_not_a_locked_job(make_app, make_job, db):
+    client = Client(make_app(lock_timeout="300ms"))
     job_id = make_job(running=1)
     db.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"

@@ -47,6 +47,7 @@ def start_watch(db, worker_url, monkeypatch) -> Iterator[Callable[..., worker.St
         raise SystemExit
 
     monkeypatch.setattr(worker, "psycopg", SimpleNamespace(connect=end, Error=psycopg.Error))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     threads = set(threading.enumerate()) - before
     db.execute(END_ALL)
     for thread in threads:
