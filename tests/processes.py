@@ -86,6 +86,27 @@ def running(
         process.wait(10)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more. Its entry may stay for a while: an init takes its time to ask for the status of orphans."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def kill_family(pid: int) -> None:
+    """kill -9 for a process and all its descendants at once; returns when they have ended."""
+    head = psutil.Process(pid)
+    head.suspend()  # it must not start anything more
+    family = [*head.children(recursive=True), head]
+    for member in family:
+        member.kill()
+    deadline = time.monotonic() + 10
+    while not all(map(has_ended, family)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @contextmanager
 def suspended(*processes: psutil.Process) -> Iterator[None]:
     """SIGSTOP for the time of a block."""
@@ -168,10 +189,5 @@ class Cluster:
     def kill(self) -> None:
         """kill -9 for the whole of it at once."""
         assert self.process
-        postmaster = psutil.Process(self.process.pid)
-        postmaster.suspend()  # it must not start anything more
-        family = [*postmaster.children(recursive=True), postmaster]
-        for member in family:
-            member.kill()
+        kill_family(self.process.pid)
         self.process.wait(10)
-        psutil.wait_procs(family, timeout=10)

