@@ -93,21 +93,26 @@ def folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+# Nothing in it has to last: what tests durability has a server of its own.
+SERVER_SETTINGS = {"fsync": "off", "max_connections": 200, "max_prepared_transactions": 4}
+
+
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
     if url := os.environ.get("BEACON_TEST_DATABASE_URL"):
         yield url
     elif bindir := os.environ.get("BEACON_TEST_POSTGRES"):
         with new_folder() as folder:
-            cluster = Cluster(Path(folder), Path(bindir)).create(fsync="off", max_connections=200).start()
+            cluster = Cluster(Path(folder), Path(bindir)).create(**SERVER_SETTINGS).start()
             yield cluster.url
             cluster.stop()
     else:
-        with new_folder() as folder, beacon_stop.embedded_postgres(Path(folder)) as url:
-            with psycopg.connect(url, autocommit=True) as db:  # nothing in it has to last; what tests durability has its own
-                db.execute("ALTER SYSTEM SET fsync = off")
-                db.execute("SELECT pg_reload_conf()")
-            yield url
+        with new_folder() as folder:
+            with beacon_stop.embedded_postgres(Path(folder)) as url, psycopg.connect(url, autocommit=True) as db:
+                for name, value in SERVER_SETTINGS.items():
+                    db.execute(f"ALTER SYSTEM SET {name} = {value}")
+            with beacon_stop.embedded_postgres(Path(folder)) as url:
+                yield url
 
 
 @pytest.fixture(scope="session")

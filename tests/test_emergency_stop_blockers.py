@@ -199,6 +199,26 @@ def test_a_session_without_a_transaction_that_holds_the_barrier_is_named_and_end
     assert not is_alive(session)
 
 
+def test_a_prepared_transaction_is_named_by_its_gid_and_ends_nobody(db, make_job, hold, locked, service):
+    job_id = make_job(running=2)
+    bystander = hold("SELECT FROM executions")
+    worker = hold(HOLDS["a changed execution"], job_id)
+    worker.execute("PREPARE TRANSACTION 'left over'")
+    worker.execute("COMMIT")
+    try:
+        for stop in (STOP, FORCE):
+            detail = locked(job_id, stop)
+            (blocker,) = detail["not_ended"] if stop == FORCE else detail
+            assert (blocker["pid"], blocker["application_name"], blocker["state"]) == (0, "left over", "prepared transaction")
+            assert blocker["transaction_seconds"] >= 0.3
+        assert "ROLLBACK PREPARED" in locked.hint
+        assert [is_alive(session) for session in (bystander, worker)] == [True, True]
+        assert count_active(db, job_id) == 2
+    finally:
+        db.execute("ROLLBACK PREPARED 'left over'")
+    assert service.execute(STOP, (job_id,)).fetchone()[0]["executions_stopped"] == 2
+
+
 def test_those_who_merely_wait_are_not_named(db, connect, make_job, hold, blockers):
     job_id = make_job(running=2)
     holder = hold(HOLDS["a locked job"], job_id)

@@ -365,10 +365,6 @@ def test_a_full_notification_queue_does_not_keep_a_stop_from_committing(folder):
     with beacon_stop.embedded_postgres(folder) as url:
         with psycopg.connect(url, autocommit=True) as db:
             db.execute("ALTER SYSTEM SET max_notify_queue_pages = 64")
-        with psycopg.connect(url, autocommit=True) as db:
-            version = db.info.server_version
-    if version < 170000:
-        return
     with beacon_stop.embedded_postgres(folder) as url:
         beacon_stop.init_db(url)
         with psycopg.connect(url, autocommit=True) as db, psycopg.connect(url, autocommit=True) as listener:

@@ -225,6 +225,20 @@ def test_an_answer_that_fails_before_its_first_byte_is_a_500(serve_app):
     )
 
 
+def test_http_1_0_ends_with_its_answer(shared_server):
+    with connect_to(shared_server.url) as sock, sock.makefile("rb") as file:
+        sock.settimeout(5)
+        sock.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert read_answer(file).status == 200
+        assert file.read() == b""
+
+
+def test_a_body_of_16_kib_and_not_one_byte_more(shared_server):
+    for length, status in ((16 * 1024, 404), (16 * 1024 + 1, 413)):
+        (answer,) = exchange(shared_server.url, STOP + b"Content-Length: %d\r\n\r\n" % length + b"{}".ljust(length))
+        assert answer.status == status
+
+
 def test_a_large_body_is_refused_without_reading_it(server):
     with connect_to(server.url) as sock, sock.makefile("rb") as file:
         sock.sendall(STOP + b"Content-Length: 1000000000\r\n\r\n")
@@ -394,10 +408,17 @@ def test_an_idle_service_ends_at_once_with_status_0(start_service, number):
         assert service.process.wait(3) == 0, "long before the ten seconds that others get who are connected"
 
 
-def test_the_token_is_in_no_process_title(start_service):
+def test_the_token_is_in_no_log_and_in_nothing_that_the_database_is_told(start_service, db, make_job):
     service = start_service()
+    for token in (TOKEN, TOKEN + "x"):
+        service.stop(make_job(running=1), token=token)
+        service.stop("nix", b"{", token=token)
+    wait_until(lambda: len(service.log) >= 5)
 
-    assert TOKEN.encode() not in Path(f"/proc/{service.process.pid}/cmdline").read_bytes()
+    assert TOKEN not in json.dumps(service.log)
+    told = db.execute("SELECT string_agg(a::text, ' ') FROM pg_stat_activity a WHERE usename = 'beacon_service'").fetchone()[0]
+    assert "emergency_stop_job" in told and TOKEN not in told
+    assert TOKEN not in db.execute("SELECT string_agg(s::text, ' ') FROM emergency_stops s").fetchone()[0]
 
 
 class OwnPostgres:
