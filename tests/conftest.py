@@ -487,7 +487,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
+        time.sleep(0.005)
     return value
 
 

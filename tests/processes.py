@@ -95,12 +95,13 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def kill_family(pid: int) -> None:
-    """kill -9 for a process and all its descendants at once; returns when they have ended."""
+    """kill -9 for a process, which may be our child, and all its descendants at once; returns when they have ended."""
     head = psutil.Process(pid)
     head.suspend()  # it must not start anything more
-    family = [*head.children(recursive=True), head]
-    for member in family:
+    family = head.children(recursive=True)
+    for member in [*family, head]:
         member.kill()
+    head.wait(10)
     deadline = time.monotonic() + 10
     while not all(map(has_ended, family)):
         assert time.monotonic() < deadline

@@ -314,7 +314,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
             os.kill(pid, signal.SIGSTOP)
             try:
                 stuck = executor.submit(client.stop, hangs)
-                wait_until(lambda: app.group.queue.empty())  # the group has it
+                wait_until(lambda: app.database.group.get_stats()["pool_available"] == 0)  # the group is at work on it
                 assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
                 assert not stuck.done()
             finally:
@@ -350,6 +350,8 @@ def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, mak
         answers = stop_all(client, others)
     assert {answer.json["executions_stopped"] for answer in answers} == {1}
     assert db.execute("SELECT name, count(*) FROM seen GROUP BY name").fetchall() == [("beacon-stop admin", 8)]
+    ((query,),) = db.execute(f"SELECT query {GROUP_SESSION}").fetchall()
+    assert "FROM emergency_stop_jobs" not in query
 
 
 def test_a_forced_stop_and_a_second_call_for_the_same_job_are_in_no_group(client, db, make_job, slow, seen):

@@ -245,8 +245,10 @@ def test_a_large_body_is_refused_without_reading_it(server):
         assert read_answer(file).status == 413
 
 
-@pytest.mark.parametrize("dribbles", [False, True])
-def test_a_request_that_does_not_end_is_given_up(server, monkeypatch, dribbles):
+@pytest.mark.parametrize(
+    ("begun", "dribbles"), [(LIVE, False), (LIVE, True), (STOP + b"Content-Length: 9000\r\n\r\n", True)]
+)
+def test_a_request_that_does_not_end_is_given_up(server, monkeypatch, begun, dribbles):
     """Also one of which a byte comes now and then: the time is that of the whole request."""
     monkeypatch.setattr(beacon_stop, "READ_TIMEOUT", 0.5)
     ended = threading.Event()
@@ -256,7 +258,7 @@ def test_a_request_that_does_not_end_is_given_up(server, monkeypatch, dribbles):
             sock.send(b"X")
 
     with connect_to(server.url) as sock, sock.makefile("rb") as file, ThreadPoolExecutor(1) as sender:
-        sock.sendall(LIVE)
+        sock.sendall(begun)
         if dribbles:
             sender.submit(dribble, sock)
         started = time.monotonic()
