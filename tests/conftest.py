@@ -21,6 +21,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -50,7 +51,11 @@ READMES = ["README.md", "sql/README.md", "sql/plproxy/README.md", "tests/README.
 def readme_block(language: str, containing: str) -> str:
     """A fenced block of one of the READMEs, so that what it shows is what runs here."""
     text = "\n".join((ROOT / name).read_text() for name in READMES)
-    (block,) = [block for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if containing in block]
+    (block,) = [
+        block
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        if containing in block
+    ]
     return block
 
 
@@ -105,6 +110,7 @@ def server_url() -> Iterator[str]:
         with new_folder() as folder:
             cluster = Cluster(Path(folder), Path(bindir)).create(**SERVER_SETTINGS).start()
             yield cluster.url
+            maintenance(cluster.url).close()
             cluster.stop()
     else:
         with new_folder() as folder:
@@ -113,6 +119,7 @@ def server_url() -> Iterator[str]:
                     db.execute(f"ALTER SYSTEM SET {name} = {value}")
             with beacon_stop.embedded_postgres(Path(folder)) as url:
                 yield url
+                maintenance(url).close()
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +136,9 @@ def create_service_role(**connection: Any) -> None:
     connection.pop("autocommit")
     create_role, grants = readme_block("sql", "CREATE ROLE beacon_service").split(";", 1)
     with psycopg.connect(**connection, autocommit=True) as db:
-        with suppress(psycopg.errors.DuplicateObject):  # roles are the server's, and this one may be from an earlier run
+        with suppress(
+            psycopg.errors.DuplicateObject
+        ):  # roles are the server's, and this one may be from an earlier run
             db.execute(create_role)
         db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
         db.execute(grants)
@@ -144,26 +153,39 @@ installed = factories.postgresql_noproc(depends_on="database_server", load=[inst
 database_numbers = itertools.count(1)
 
 
+@cache
+def maintenance(server_url: str) -> psycopg.Connection:
+    """The session that makes and drops databases, one for all: to connect takes as long as to make one."""
+    return psycopg.connect(server_url, autocommit=True)
+
+
+@contextmanager
+def new_database_name(server_url: str, template: str) -> Iterator[str]:
+    """A database of a name that no other test has: what an earlier one may have left running does not find it."""
+    name, server = f"test_{next(database_numbers)}", maintenance(server_url)
+    server.execute(f"DROP DATABASE IF EXISTS {name}")  # an interrupted run's, where the server outlives it
+    server.execute(
+        f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"
+    )  # in memory half the time of wal_log
+    try:
+        yield name
+    finally:
+        sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        wait_until(lambda: not server.execute(sessions, (name,)).fetchall())  # DROP DATABASE looks every 100 ms only
+        server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @contextmanager
 def new_database(server_url: str, template: str) -> Iterator[psycopg.Connection]:
-    """A database of a name that no other test has: what an earlier one may have left running does not find it."""
-    name = f"test_{next(database_numbers)}"
-    with psycopg.connect(server_url, autocommit=True) as server:
-        server.execute(f"DROP DATABASE IF EXISTS {name}")  # an interrupted run's, where the server outlives it
-        server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")  # a third of the time in memory
-        try:
-            with psycopg.connect(server_url, dbname=name) as connection:
-                yield connection
-        finally:
-            sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
-            wait_until(lambda: not server.execute(sessions, (name,)).fetchall())  # DROP DATABASE looks every 100 ms only
-            server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with new_database_name(server_url, template) as name, psycopg.connect(server_url, dbname=name) as connection:
+        yield connection
 
 
 @pytest.fixture
-def database(installed: Any, server_url: str) -> Iterator[psycopg.Connection]:
-    with new_database(server_url, installed.template_dbname) as connection:
-        yield connection
+def database(installed: Any, server_url: str) -> Iterator[SimpleNamespace]:
+    """Has its name in `info.dbname`, as a connection has: hardly a test needs this one, too."""
+    with new_database_name(server_url, installed.template_dbname) as name:
+        yield SimpleNamespace(info=SimpleNamespace(dbname=name))
 
 
 @pytest.fixture
@@ -172,23 +194,23 @@ def bare_database(server_url: str) -> Iterator[psycopg.Connection]:
         yield connection
 
 
-def url_of(connection: psycopg.Connection, server_url: str, **changes: Any) -> str:
-    return make_conninfo(server_url, dbname=connection.info.dbname, **changes)
+def url_of(database: Any, server_url: str, **changes: Any) -> str:
+    return make_conninfo(server_url, dbname=database.info.dbname, **changes)
 
 
 @pytest.fixture
-def owner_url(database: psycopg.Connection, server_url: str) -> str:
+def owner_url(database: Any, server_url: str) -> str:
     return url_of(database, server_url)
 
 
 @pytest.fixture
-def service_url(database: psycopg.Connection, server_url: str) -> str:
+def service_url(database: Any, server_url: str) -> str:
     return url_of(database, server_url, user="beacon_service", password=SERVICE_PASSWORD)
 
 
 @pytest.fixture
 def connect(owner_url: str) -> Iterator[Callable[..., psycopg.Connection]]:
-    """Open a session, the owner's unless another URL is given. Statements end after 20 s: a lost lock fails, not hangs."""
+    """Open a session, the owner's unless another URL is given. Statements end after 20 s: a lost lock does not hang."""
     sessions = []
 
     def connect(url: str = owner_url, **options: Any) -> psycopg.Connection:
@@ -221,11 +243,17 @@ def make_job(db: psycopg.Connection) -> Callable[..., str]:
     def make_job(id: str | None = None, status: str = "processing", metadata: Any = None, **executions: int) -> str:
         id = f"job-{next(numbers)}" if id is None else id
         db.execute(
-            "INSERT INTO jobs (id, status, metadata) VALUES (%s, 'processing', %s)", (id, json.dumps(metadata) if metadata else None)
+            "INSERT INTO jobs (id, status, metadata) VALUES (%s, 'processing', %s)",
+            (id, json.dumps(metadata) if metadata else None),
         )
         for execution_status, count in executions.items():
-            db.execute("SELECT set_config('session_replication_role', %s, false)", ("replica" if count > 10_000 else "origin",))  # quick
-            db.execute("INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)", (id, execution_status, count))
+            db.execute(
+                "SELECT set_config('session_replication_role', %s, false)", ("replica" if count > 10_000 else "origin",)
+            )  # quick
+            db.execute(
+                "INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)",
+                (id, execution_status, count),
+            )
         db.execute("SET session_replication_role = origin")
         if status != "processing":
             db.execute("UPDATE jobs SET status = %s WHERE id = %s", (status, id))
@@ -246,7 +274,8 @@ def stop(service: psycopg.Connection) -> Callable[..., dict[str, Any]]:
 
 def slow_down_stops(db: psycopg.Connection, seconds: float) -> None:
     db.execute(f"""
-        CREATE FUNCTION slow_down() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;
+        CREATE FUNCTION slow_down() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN PERFORM pg_sleep({seconds}); RETURN NEW; END $$;
         CREATE TRIGGER slow_down BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION slow_down()""")
 
 
@@ -254,7 +283,9 @@ def hold_stops(db: psycopg.Connection) -> None:
     """Let each stop wait, when it has just failed the executions, until `let_stops_go`."""
     db.execute("""
         CREATE FUNCTION wait_to_go_on() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            WHILE NOT pg_try_advisory_xact_lock_shared(42) LOOP PERFORM pg_sleep(0.01); END LOOP;  -- no lock_timeout ends it
+            WHILE NOT pg_try_advisory_xact_lock_shared(42) LOOP  -- which no lock_timeout ends
+                PERFORM pg_sleep(0.01);
+            END LOOP;
             RETURN NULL; END $$;
         CREATE TRIGGER wait_to_go_on AFTER UPDATE ON executions EXECUTE FUNCTION wait_to_go_on()""")
     db.execute("SELECT pg_advisory_lock(42)")
@@ -280,8 +311,8 @@ def age(db: psycopg.Connection, minutes: float, *job_ids: str) -> None:
     """Make jobs and all their executions look as if nothing had happened to them for so many minutes."""
     for statement in (
         "UPDATE jobs SET created_at = now() - %(age)s, updated_at = now() - %(age)s WHERE id = ANY (%(ids)s)",
-        "UPDATE executions SET created_at = now() - %(age)s, started_at = started_at - %(age)s, completed_at = completed_at - %(age)s"
-        " WHERE job_id = ANY (%(ids)s)",
+        "UPDATE executions SET created_at = now() - %(age)s, started_at = started_at - %(age)s,"
+        " completed_at = completed_at - %(age)s WHERE job_id = ANY (%(ids)s)",
     ):
         db.execute(statement, {"age": timedelta(minutes=minutes), "ids": list(job_ids)})
 
@@ -435,8 +466,7 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
             [sys.executable, *(["-c", program] if constants else ["-m", "beacon_stop"]), "serve", "--port", "0"],
             env={
                 "PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url,
-                "BEACON_ADMIN_RATE": "1000000/second", "BEACON_FAILED_RATE": "1000000/second", "BEACON_READ_RATE": "1000000/second",
-                **environment,
+                **{f"BEACON_{name}_RATE": "1000000/second" for name in ("ADMIN", "FAILED", "READ")}, **environment,
             },
             cwd=ROOT, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -492,6 +522,8 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 
 
 def is_waiting(db: psycopg.Connection, session: psycopg.Connection) -> bool:
-    """Whether a session waits for a lock, and not in passing: a stop's first wait ends after 2 ms, for another way to wait."""
-    query = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted AND waitstart < clock_timestamp() - interval '20 ms')"
+    """Whether a session waits for a lock, and not in passing: a stop's first wait ends after a few milliseconds."""
+    query = """
+        SELECT EXISTS (
+            SELECT FROM pg_locks WHERE pid = %s AND NOT granted AND waitstart < clock_timestamp() - interval '20 ms')"""
     return db.execute(query, (session.info.backend_pid,)).fetchone()[0]

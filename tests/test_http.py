@@ -667,7 +667,7 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
 
 
 def test_secrets_stay_secret(make_app, capsys, monkeypatch):
-    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.5)
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
     monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
     app = make_app(database_url="postgresql://u:secret-password@127.0.0.1:9/nowhere?connect_timeout=1")
     client = Client(app)

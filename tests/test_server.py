@@ -512,7 +512,7 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service
     try:
         wait_until(lambda: accepts_connections(port))
         with connect_to(url) as sock, sock.makefile("rb") as file:
-            for _ in range(3_000):
+            for _ in range(2_500):  # more than a pipe and the queue take together
                 sock.sendall(b"POST /admin/jobs/" + b"x" * 200 + b"/emergency-stop HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert read_answer(file).status in (403, 429)
         answer = send(
@@ -551,11 +551,11 @@ def test_a_refused_request_of_15_kb_is_a_short_line(start_service):
 
 
 def test_hops_that_are_no_address_take_no_memory(make_app):
-    """3,000 of 14 kB were kept by 1.0: 41 MB."""
+    """Each one of 14 kB was kept by 1.0."""
     client = Client(make_app(trusted_proxies="1"))
     client("GET", "/api/v1/jobs/x")
     tracemalloc.start()
-    for number in range(1_000):
+    for number in range(300):
         assert client("GET", "/api/v1/jobs/x", HTTP_X_FORWARDED_FOR=f"{number:x}".ljust(14_000, "x")).status == 404
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

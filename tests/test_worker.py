@@ -18,7 +18,7 @@ END_ALL = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE us
 
 
 @pytest.fixture
-def worker_url(db: psycopg.Connection, database: psycopg.Connection, server_url: str) -> Iterator[str]:
+def worker_url(db: psycopg.Connection, database: Any, server_url: str) -> Iterator[str]:
     """A role with the rights that sql/README.md gives to workers, and nothing else."""
     create_role, grants = readme_block("sql", "CREATE ROLE workers").split(";", 1)
     with suppress(psycopg.errors.DuplicateObject):  # roles are the server's, and this one may be from an earlier test
