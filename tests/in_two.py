@@ -25,6 +25,8 @@ FIRST_HALF = {
         "test_server",
         "test_emergency_stop_job",
         "test_emergency_stop_jobs",
+        "test_repair_stuck_jobs",
+        "test_runaway_jobs",
         "test_timeout_stuck_jobs",
     ],
     "servers": ["test_wsgi_servers", "test_proxies"],

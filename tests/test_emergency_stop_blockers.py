@@ -59,7 +59,7 @@ def locked(service):
         locked.hint = refused.value.diag.message_hint
         return json.loads(refused.value.diag.message_detail)
 
-    service.execute("SET lock_timeout = '300ms'")
+    service.execute("SET lock_timeout = '200ms'")
     return locked
 
 
@@ -119,10 +119,10 @@ def test_a_locked_job_is_told_who_holds_it_after_one_lock_timeout_and_nothing_ha
 
     started = time.monotonic()
     (blocker,) = locked(job_id)
-    assert 0.25 < time.monotonic() - started < 1.3
+    assert 0.15 < time.monotonic() - started < 1.3
     assert list(blocker) == KEYS
     assert (blocker["pid"], blocker["state"], blocker["query"]) == (holder.info.backend_pid, "idle in transaction", HOLDS[name].replace("%s", "$1"))
-    assert blocker["transaction_seconds"] >= 0.3
+    assert blocker["transaction_seconds"] >= 0.2
     assert "force => true" in locked.hint
     holder.rollback()
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == records
@@ -210,7 +210,7 @@ def test_a_prepared_transaction_is_named_by_its_gid_and_ends_nobody(db, make_job
             detail = locked(job_id, stop)
             (blocker,) = detail["not_ended"] if stop == FORCE else detail
             assert (blocker["pid"], blocker["application_name"], blocker["state"]) == (0, "left over", "prepared transaction")
-            assert blocker["transaction_seconds"] >= 0.3
+            assert blocker["transaction_seconds"] >= 0.2
         assert "ROLLBACK PREPARED" in locked.hint
         assert [is_alive(session) for session in (bystander, worker)] == [True, True]
         assert count_active(db, job_id) == 2

@@ -240,14 +240,16 @@ def test_a_rolled_back_stop_has_not_happened(connect, db, make_job):
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
 
 
-def test_the_notification(connect, make_job, stop):
+def test_the_notification(connect, db, make_job, stop):
     job_id = make_job(running=2)
     listener = connect()
     listener.execute("LISTEN emergency_stop")
     answer = stop(job_id)
     stop(job_id)  # nothing to tell
 
-    (notification,) = listener.notifies(timeout=1)
+    db.execute("NOTIFY emergency_stop, 'the last'")
+    notification, last = listener.notifies(timeout=10, stop_after=2)
+    assert last.payload == "the last"
     assert json.loads(notification.payload) == {"job_id": job_id, "stopped_at": answer["stopped_at"], "executions_stopped": 2}
 
 

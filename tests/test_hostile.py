@@ -655,7 +655,7 @@ def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, ma
     """The caller's own transaction holds what the worker waits for, so that each try ends in one."""
     job_id, other_id = make_job(running=20_000), make_job(running=1)
     worker, stopper = connect(autocommit=False), connect(autocommit=False)
-    stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '1s'")
+    stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '500ms'")
     worker.execute("SET deadlock_timeout = '60s'")
     stopper.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
     worker.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
@@ -665,7 +665,7 @@ def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, ma
         started = time.monotonic()
         with pytest.raises(psycopg.errors.LockNotAvailable):
             stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
-        assert 0.9 < time.monotonic() - started < 5
+        assert 0.45 < time.monotonic() - started < 4
         stopper.rollback()
 
 

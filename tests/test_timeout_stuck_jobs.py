@@ -383,7 +383,7 @@ def test_it_queues_for_a_moment_for_its_first_job_only(connect, db, make_job, ti
 
 
 def test_hundreds_of_locked_jobs_keep_nobody_from_younger_ones(connect, db, make_job, time_out):
-    db.execute("INSERT INTO jobs (id) SELECT 'locked-' || n FROM generate_series(1, 300) n")
+    db.execute("INSERT INTO jobs (id) SELECT 'locked-' || n FROM generate_series(1, 200) n")
     db.execute("UPDATE jobs SET created_at = now() - interval '2 hours', updated_at = now() - interval '2 hours'")
     free = make_job(running=1)
     age(db, 20, free)

@@ -171,9 +171,12 @@ def test_two_blocks_on_one_job_are_both_told(db, make_job, start_watch):
 @pytest.mark.parametrize("status", ["created", "pending", "processing", "queued", "RUNNING", "canceled"])
 def test_a_state_of_the_applications_own_is_not_the_end(db, make_job, start_watch, status):
     watch, job_id = start_watch(poll_seconds=0.05), make_job(status=status)
+    look, looks = watch.look, []
+    watch.look = lambda *asked: (look(*asked), looks.append(asked))
 
     with watch.job(job_id) as stopped:
-        assert not stopped.wait(0.3)
+        wait_until(lambda: len(looks) > 2)
+        assert not stopped.is_set()
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
