@@ -62,7 +62,7 @@ def readme_block(language: str, containing: str) -> str:
 LONGEST = 60  # seconds for a test, or for what its fixtures do before it or after it
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside of what captures the output
 def pytest_runtest_call() -> Generator[None, Any, Any]:
     """Fail a test that takes too long, whatever it waits for: an answer that never ends must not hang the suite."""
 
