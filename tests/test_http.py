@@ -1151,4 +1151,7 @@ def test_an_admin_call_without_a_route_is_logged_too(client, capsys):
     assert client("POST", "/admin/nope", HTTP_X_ADMIN_TOKEN=TOKEN).status == 404
 
     lines = log_lines(capsys, "refused")
-    assert [(line["outcome"], line["status"]) for line in lines] == [("method not allowed", 405), ("no such route", 404)]
+    assert [(line["outcome"], line["status"]) for line in lines] == [
+        ("method not allowed", 405),
+        ("no such route", 404),
+    ]

@@ -16,7 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOKEN, Answer, Client, count_active, hold_stops, let_stops_go, send, serving, stops_are_held, wait_until
+from conftest import (
+    ROOT,
+    TOKEN,
+    Answer,
+    Client,
+    count_active,
+    hold_stops,
+    let_stops_go,
+    send,
+    serving,
+    stops_are_held,
+    wait_until,
+)
 from processes import accepts_connections, free_port
 
 import beacon_stop
@@ -418,7 +430,9 @@ def test_the_token_is_in_no_log_and_in_nothing_that_the_database_is_told(start_s
     wait_until(lambda: len(service.log) >= 5)
 
     assert TOKEN not in json.dumps(service.log)
-    told = db.execute("SELECT string_agg(a::text, ' ') FROM pg_stat_activity a WHERE usename = 'beacon_service'").fetchone()[0]
+    told = db.execute(
+        "SELECT string_agg(a::text, ' ') FROM pg_stat_activity a WHERE usename = 'beacon_service'"
+    ).fetchone()[0]
     assert "emergency_stop_job" in told and TOKEN not in told
     assert TOKEN not in db.execute("SELECT string_agg(s::text, ' ') FROM emergency_stops s").fetchone()[0]
 

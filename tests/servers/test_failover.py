@@ -323,7 +323,9 @@ def test_readers_on_a_standby_and_stops_on_the_primary(pair, start_service):
             lambda: db.execute("SELECT replay_lsn >= pg_current_wal_lsn() FROM pg_stat_replication").fetchone()[0]
         )
     settings = {"DATABASE_URL": url_of(primary), "BEACON_ADMIN_POOL": "1"}
-    strict = start_service(IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(standby, target_session_attrs="standby"))
+    strict = start_service(
+        IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(standby, target_session_attrs="standby")
+    )
     lenient = start_service(
         IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(primary, standby, target_session_attrs="prefer-standby")
     )
