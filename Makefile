@@ -12,14 +12,14 @@ run: $(STAMP)  ## Serve on an embedded PostgreSQL, with a runaway job to stop
 	@.venv/bin/beacon-stop serve --demo
 
 test: $(STAMP)  ## Run the whole suite
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python tests/in_two.py tests $(ARGS)
 
 test-debian: $(STAMP) .venv/debian  ## Run the whole suite on Debian's PostgreSQL 15 (as root)
-	BEACON_TEST_POSTGRES=/usr/lib/postgresql/15/bin .venv/bin/python -m pytest $(ARGS)
+	BEACON_TEST_POSTGRES=/usr/lib/postgresql/15/bin .venv/bin/python tests/in_two.py tests $(ARGS)
 
 test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poolers, standbys and shards (Debian, as root)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir gunicorn gevent waitress cheroot granian uwsgi
-	.venv/bin/python -m pytest tests/servers $(ARGS)
+	.venv/bin/python tests/in_two.py tests/servers $(ARGS)
 
 bench: .venv/debian-bench  ## Measure speed against its limits and its peers (Debian, as root; under ten minutes)
 	@/usr/bin/python3 -m venv .venv/bench/python  # Debian's own, which is built to be fast, whatever PYTHON is

@@ -59,12 +59,12 @@ def running(
     seconds: float = 30,
     **options: Any,
 ) -> Iterator[Running]:
-    """Run a server for the time of a block, which begins when `ready()` is true; fails with its log if that does not come."""
+    """Run a server for the time of a block, which begins when `ready()` is true; else fail with its log."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are started without it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
             env={"PATH": os.environ["PATH"], **(environment or {})}, **options,
         )  # fmt: skip
     server = Running(process, log_file)
@@ -75,7 +75,11 @@ def running(
             time.sleep(0.05)
         yield server
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        family = (
+            [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            if process.poll() is None
+            else []
+        )
         if family:
             process.send_signal(stop_signal)
         with suppress(subprocess.TimeoutExpired):
@@ -84,6 +88,28 @@ def running(
             if member.is_running():
                 member.kill()
         process.wait(10)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more. Its entry may stay for a while: an init takes its time to ask for orphans' status."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def kill_family(pid: int) -> None:
+    """kill -9 for a process, which may be our child, and all its descendants at once; returns when they have ended."""
+    head = psutil.Process(pid)
+    head.suspend()  # it must not start anything more
+    family = head.children(recursive=True)
+    for member in [*family, head]:
+        member.kill()
+    head.wait(10)
+    deadline = time.monotonic() + 10
+    while not all(map(has_ended, family)):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @contextmanager
@@ -119,17 +145,37 @@ class Cluster:
     def run(self, program: str, *arguments: Any, **environment: str) -> None:
         """Run one of the installation's programs to its end."""
         command = [str(self.bindir / program), *(str(argument) for argument in arguments)]
-        subprocess.run(command, check=True, capture_output=True, cwd="/", env={"PATH": os.environ["PATH"], **environment}, **unprivileged())
+        subprocess.run(
+            command,
+            check=True,
+            capture_output=True,
+            cwd="/",
+            env={"PATH": os.environ["PATH"], **environment},
+            **unprivileged(),
+        )
 
     def create(self, **settings: Any) -> "Cluster":
         """Make the data folder and write the settings; `copy_from` takes the place of this for a standby."""
-        self.run("initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
+        self.run(
+            "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"
+        )
         self.configure(**settings)
         return self
 
     def copy_from(self, primary: "Cluster", **settings: Any) -> "Cluster":
         """Make the data folder a standby's of a cluster that runs."""
-        self.run("pg_basebackup", "-D", self.data, "-d", f"{primary.url}?application_name=standby", "-R", "-X", "stream", "-c", "fast")
+        self.run(
+            "pg_basebackup",
+            "-D",
+            self.data,
+            "-d",
+            f"{primary.url}?application_name=standby",
+            "-R",
+            "-X",
+            "stream",
+            "-c",
+            "fast",
+        )
         self.configure(**settings)
         return self
 
@@ -137,7 +183,7 @@ class Cluster:
         with (self.data / "postgresql.auto.conf").open("a") as file:
             for name, value in {
                 "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "port": self.port,
-                "dynamic_shared_memory_type": "mmap",  # in its own folder, so that nothing is left behind when it is killed
+                "dynamic_shared_memory_type": "mmap",  # in its own folder: nothing is left behind when it is killed
                 **settings,
             }.items():  # fmt: skip
                 file.write(f"{name} = '{value}'\n")
@@ -168,10 +214,5 @@ class Cluster:
     def kill(self) -> None:
         """kill -9 for the whole of it at once."""
         assert self.process
-        postmaster = psutil.Process(self.process.pid)
-        postmaster.suspend()  # it must not start anything more
-        family = [*postmaster.children(recursive=True), postmaster]
-        for member in family:
-            member.kill()
+        kill_family(self.process.pid)
         self.process.wait(10)
-        psutil.wait_procs(family, timeout=10)

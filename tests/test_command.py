@@ -10,10 +10,11 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from conftest import ROOT, TOKEN, send, wait_until
-from processes import accepts_connections, free_port
+from processes import accepts_connections, free_port, has_ended
 
 import beacon_stop
 
@@ -185,15 +186,15 @@ def lines_until_psql(lines):
 
 
 def postmaster(folder):
-    """The pid of the PostgreSQL in a temporary folder of the demo's."""
+    """The PostgreSQL in a temporary folder of the demo's."""
     (file,) = wait_until(lambda: list((folder / "tmp").glob("beacon-*/data/postmaster.pid")), 30)
-    return int(file.read_text().splitlines()[0])
+    return psutil.Process(int(file.read_text().splitlines()[0]))
 
 
 def test_the_demo_from_its_first_line_to_its_last_process(start_demo, folder):
     """1.0 left .beacon/ behind, and as root a parent folder of mode 0755."""
     process, shown = start_demo()
-    pid = postmaster(folder)
+    postgres = postmaster(folder)
     match = re.fullmatch(
         r"""curl -X POST (http://[^/]+)(/admin/jobs/([^/]+)/emergency-stop) -H "X-Admin-Token: (\S+)" -d '{}'\n""",
         shown["curl"],
@@ -218,16 +219,16 @@ def test_the_demo_from_its_first_line_to_its_last_process(start_demo, folder):
     assert process.returncode == 0
     assert "Traceback" not in log
     assert token not in log
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: has_ended(postgres))
     assert list((folder / "tmp").iterdir()) == []
 
 
 def test_a_demo_that_was_killed_leaves_no_process_and_keeps_no_other_from_starting(start_demo, folder):
     """1.0 ended the process that had the pid in postmaster.pid by then."""
     process, _ = start_demo()
-    pid = postmaster(folder)
+    postgres = postmaster(folder)
     process.kill()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    wait_until(lambda: has_ended(postgres))
     for file in (folder / "tmp").glob("beacon-*/data/postmaster.pid"):
         file.write_text(f"{os.getpid()}\n")
 

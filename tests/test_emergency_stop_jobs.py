@@ -117,10 +117,16 @@ def test_two_calls_over_the_same_jobs_in_opposite_orders(connect, db, make_job):
     with in_thread(lambda: first.execute(STOP_JOBS, (jobs, None)).fetchall()) as there:
         back = second.execute(STOP_JOBS, (jobs[::-1], None)).fetchall()
     stopped = [summary for _, summary in [*there.result, *back] if summary.get("message") == "Job emergency stopped"]
-    locked = [summary for _, summary in [*there.result, *back] if summary.get("error")]
     assert len(stopped) == 50 and sum(summary["executions_stopped"] for summary in stopped) == 100
-    assert len(locked) <= 1, "in one order for both, the later one meets the first job, and then no other"
     assert db.execute("SELECT count(*), count(DISTINCT job_id) FROM emergency_stops").fetchone() == (50, 50)
+
+
+def test_jobs_are_stopped_in_the_order_of_their_ids_whatever_the_order_of_the_call(db, service, make_job):
+    """So that of two calls the later one follows the other, and they hold nothing that the other one waits for."""
+    jobs = [make_job(running=1) for _ in range(12)]
+
+    service.execute(STOP_JOBS, (jobs[::-1], None))
+    assert [job_id for (job_id,) in db.execute("SELECT job_id FROM emergency_stops ORDER BY id")] == sorted(jobs)
 
 
 @pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -296,7 +302,7 @@ def test_a_locked_job_holds_up_none_of_those_beside_it(make_app, connect, db, ma
         assert held_up.result().json["executions_stopped"] == 1
 
 
-def test_a_stop_that_takes_its_time_goes_by_itself_and_so_do_those_beside_it(client, db, make_job, slow):
+def test_a_stop_that_takes_its_time_goes_by_itself_and_so_do_those_beside_it(client, db, make_job, slow, seen):
     first, second = make_job("slow-1", running=1), make_job("slow-2", running=1)
     others = [make_job(f"job-{number}", running=1) for number in range(6)]
 
@@ -304,6 +310,7 @@ def test_a_stop_that_takes_its_time_goes_by_itself_and_so_do_those_beside_it(cli
         answers = stop_all(client, others)
     assert [answer.json["executions_stopped"] for answer in [*at_work.all, *answers]] == [1] * 8
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (8,)
+    assert db.execute("SELECT name FROM seen WHERE job_id = %s", (second,)).fetchall() == [("beacon-stop admin",)]
 
 
 def test_an_error_of_one_is_no_error_of_the_others(client, db, make_job, slow):
@@ -350,7 +357,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
             os.kill(pid, signal.SIGSTOP)
             try:
                 stuck = executor.submit(client.stop, hangs)
-                wait_until(lambda: app.group.queue.empty())  # the group has it
+                wait_until(lambda: app.database.group.get_stats()["pool_available"] == 0)  # the group is at work on it
                 assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
                 assert not stuck.done()
             finally:
@@ -366,7 +373,7 @@ def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, s
     server, name = connect(server_url), db.info.dbname
     server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
     try:
-        db.execute(f"SELECT pg_terminate_backend(pid) {GROUP_SESSION}")
+        assert db.execute(f"SELECT pg_terminate_backend(pid) {GROUP_SESSION}").fetchall() == [(True,)]
         with stops_at_work(client, db, make_job("slow-1", running=1)):
             assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
         wait_until(lambda: not database.can_group)
@@ -375,16 +382,19 @@ def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, s
     wait_until(lambda: database.can_group)
 
 
-def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow):
+def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow, seen):
     db.execute("REVOKE EXECUTE ON FUNCTION emergency_stop_jobs FROM beacon_service")
     client = Client(make_app())
+    client.stop("nix")  # connects
+    wait_until(lambda: db.execute(f"SELECT 1 {GROUP_SESSION}").rowcount)
     others = [make_job(f"job-{number}", running=1) for number in range(6)]
 
     with stops_at_work(client, db, make_job("slow-1", running=1), make_job("slow-2", running=1)):
         answers = stop_all(client, others)
     assert {answer.json["executions_stopped"] for answer in answers} == {1}
-    names = db.execute("SELECT DISTINCT query FROM pg_stat_activity WHERE application_name = 'beacon-stop group'").fetchall()
-    assert not [query for (query,) in names if "FROM emergency_stop_jobs" in query]
+    assert db.execute("SELECT name, count(*) FROM seen GROUP BY name").fetchall() == [("beacon-stop admin", 8)]
+    ((query,),) = db.execute(f"SELECT query {GROUP_SESSION}").fetchall()
+    assert "FROM emergency_stop_jobs" not in query
 
 
 def test_a_forced_stop_and_a_second_call_for_the_same_job_are_in_no_group(client, db, make_job, slow, seen):

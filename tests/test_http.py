@@ -240,6 +240,13 @@ def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
     assert count_active(db, job_id) == 1
 
 
+@pytest.mark.parametrize(("length", "status"), [(1_000, 200), (1_001, 400)])
+def test_a_reason_of_1000_characters_and_not_one_more(client, make_job, length, status):
+    answer = client.stop(make_job(running=1), json.dumps({"reason": "ä" * length}).encode())
+
+    assert (answer.status, answer.json.get("reason", "ä" * length)) == (status, "ä" * length)
+
+
 def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
     job_id = make_job(running=1)
     body = b"{}".ljust(16 * 1024)
@@ -390,6 +397,7 @@ def test_health(client, make_app, db):
 
 def test_without_a_database(make_app, monkeypatch):
     monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
     client = Client(make_app(database_url="postgresql://nobody:secret-password@127.0.0.1:9/nowhere?connect_timeout=1"))
 
     assert client("GET", "/health/live").status == 200
@@ -564,7 +572,7 @@ def test_clients_are_told_apart_by_address_and_ipv6_network(make_app):
     assert status("10.0.0.1", HTTP_X_FORWARDED_FOR="10.0.0.9") == 429, "nobody trusts that header unless told to"
 
 
-def test_the_client_behind_trusted_proxies(make_app):
+def test_the_client_behind_trusted_proxies(make_app, capsys):
     client = Client(make_app(read_rate="1/hour", trusted_proxies="2"))
 
     def status(forwarded, address="10.9.9.9"):
@@ -577,6 +585,9 @@ def test_the_client_behind_trusted_proxies(make_app):
     ]
     assert [status("[2001:db8::1]:443, x"), status("2001:db8::2, x"), status("1.1.1.1:80, x")] == [404, 429, 429]
     assert [status("only-one"), status("nonsense, x"), status("", "10.9.9.8")] == [404, 429, 404], "then it is the peer"
+    for forwarded in ("1.1.1.1, 2.2.2.2", "only-one"):
+        client.stop("nix", REMOTE_ADDR="10.9.9.9", HTTP_X_FORWARDED_FOR=forwarded)
+    assert [line["client"] for line in log_lines(capsys)] == ["1.1.1.1", "10.9.9.9"]
 
 
 def test_a_bucket_refills_evenly():
@@ -617,6 +628,17 @@ def test_any_number_of_clients_takes_bounded_memory():
     assert peak < 10_000_000
 
 
+def test_of_too_many_clients_the_longest_unseen_is_forgotten():
+    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(1, 60), clock=lambda: 0.0, max_clients=3)
+    for client in ("a", "b", "c", "d"):
+        limiter.take(client)
+
+    for client in ("b", "c", "d"):
+        with pytest.raises(beacon_stop.HTTPError):
+            limiter.take(client)
+    limiter.take("a")
+
+
 # --- The log ---
 
 
@@ -636,6 +658,7 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
         "stopped", "already_terminal", "not_found", "executions_stopped", "body is not JSON: expected a JSON object or no body",
         "forbidden", "too many requests",
     ]  # fmt: skip
+    assert [line["status"] for line in lines] == [200, 200, 404, 200, 400, 403, 429]
     first = lines[0]
     assert first | {"time": None, "duration_ms": None} == {
         "time": None, "event": "emergency_stop", "request_id": "req-1", "client": "127.0.0.1", "job_id": job_id, "outcome": "stopped",
@@ -648,7 +671,8 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
 
 
 def test_secrets_stay_secret(make_app, capsys, monkeypatch):
-    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.5)
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
     app = make_app(database_url="postgresql://u:secret-password@127.0.0.1:9/nowhere?connect_timeout=1")
     client = Client(app)
     client.stop("a")
@@ -706,6 +730,14 @@ def test_a_lost_connection_is_replaced_and_the_call_tried_again(client, make_job
 
     assert client.stop(job_id).json["executions_stopped"] == 1
     assert client("GET", f"/api/v1/jobs/{job_id}").status == 200
+
+
+def test_readers_have_a_database_of_their_own_if_they_are_given_one(make_app, make_job, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
+    client = Client(make_app(read_database_url="postgresql://nobody@127.0.0.1:9/nowhere"))
+
+    assert client("GET", "/api/v1/jobs/a").json == {"error": "database unavailable"}
+    assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
 
 
 def test_readers_never_use_the_admins_connections(client, make_job, db):
@@ -822,7 +854,8 @@ def test_force_ends_the_holders_and_stops(connect, make_app, make_job, db):
     assert (answer.status, answer.json["sessions_ended"], answer.json["executions_stopped"]) == (200, 1, 1)
 
 
-def test_a_lock_that_a_trigger_does_not_get_is_not_a_locked_job(client, make_job, db):
+def test_a_lock_that_a_trigger_does_not_get_is_not_a_locked_job(make_app, make_job, db):
+    client = Client(make_app(lock_timeout="300ms"))
     job_id = make_job(running=1)
     db.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
@@ -1148,4 +1181,7 @@ def test_an_admin_call_without_a_route_is_logged_too(client, capsys):
     assert client("POST", "/admin/nope", HTTP_X_ADMIN_TOKEN=TOKEN).status == 404
 
     lines = log_lines(capsys, "refused")
-    assert [(line["outcome"], line["status"]) for line in lines] == [("method not allowed", 405), ("no such route", 404)]
+    assert [(line["outcome"], line["status"]) for line in lines] == [
+        ("method not allowed", 405),
+        ("no such route", 404),
+    ]

@@ -40,7 +40,7 @@ def blocks_of(text: str, language: str) -> list[str]:
 @pytest.fixture
 def shell(make_app, serve_app, service_url) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a block with bash, as an operator does: HOST, ID and ADMIN_TOKEN are set, and psql finds the database."""
-    url = serve_app(make_app()).url
+    url = serve_app(make_app(lock_timeout="500ms")).url
     parts = conninfo_to_dict(service_url)
     environment = {
         "PATH": f"{PSQL_FOLDER}:{os.environ['PATH']}", "HOST": url, "ADMIN_TOKEN": TOKEN,

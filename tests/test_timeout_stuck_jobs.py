@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import TOKEN, Client, age, count_active, in_thread, is_waiting, url_of, wait_until
+from conftest import TOKEN, Client, age, change_function, count_active, in_thread, is_waiting, url_of, wait_until
 
 import beacon_stop
 
@@ -36,13 +36,6 @@ def sleeps(db: psycopg.Connection, session: psycopg.Connection) -> bool:
     return db.execute(
         "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)
     ).fetchone()[0]
-
-
-def change_function(db: psycopg.Connection, name: str, found: str, instead: str) -> None:
-    """Change a number in a function, so that a test need not wait as long, or can be sure to be in time."""
-    (definition,) = db.execute("SELECT pg_get_functiondef(%s::regproc)", (name,)).fetchone()
-    assert definition.count(found) == 1, definition
-    db.execute(definition.replace(found, instead))
 
 
 def test_fails_the_job_and_its_active_executions_and_nothing_else(db, make_job, time_out):
@@ -390,7 +383,7 @@ def test_it_queues_for_a_moment_for_its_first_job_only(connect, db, make_job, ti
 
 
 def test_hundreds_of_locked_jobs_keep_nobody_from_younger_ones(connect, db, make_job, time_out):
-    db.execute("INSERT INTO jobs (id) SELECT 'locked-' || n FROM generate_series(1, 300) n")
+    db.execute("INSERT INTO jobs (id) SELECT 'locked-' || n FROM generate_series(1, 200) n")
     db.execute("UPDATE jobs SET created_at = now() - interval '2 hours', updated_at = now() - interval '2 hours'")
     free = make_job(running=1)
     age(db, 20, free)
@@ -402,9 +395,9 @@ def test_hundreds_of_locked_jobs_keep_nobody_from_younger_ones(connect, db, make
 
 def test_batches_keep_no_connection_from_stops(make_app, connect, db, make_job, monkeypatch):
     """Four batches that wait, since the table is locked, beside a stop of a job that has ended."""
-    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.0)
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.5)
     job_id = make_job(status="failed")
-    client = Client(make_app(admin_pool=2, lock_timeout="2s"))
+    client = Client(make_app(admin_pool=2, lock_timeout="1s"))
     client.stop(job_id)
     connect(autocommit=False).execute("LOCK TABLE batch_changes")
 

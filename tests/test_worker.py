@@ -14,11 +14,17 @@ from conftest import SERVICE_PASSWORD, in_thread, readme_block, url_of, wait_unt
 
 STOP = "SELECT emergency_stop_job(%s)"
 LISTENS = "SELECT 1 FROM pg_stat_activity WHERE usename = 'a_worker' AND query LIKE 'LISTEN%%'"
-END_ALL = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'a_worker'"
+END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'a_worker'"
+
+
+def end_all(db: psycopg.Connection) -> None:
+    wait_until(
+        lambda: not db.execute(END_ALL).fetchall()
+    )  # with a timeout, pg_terminate_backend looks every 100 ms only
 
 
 @pytest.fixture
-def worker_url(db: psycopg.Connection, database: psycopg.Connection, server_url: str) -> Iterator[str]:
+def worker_url(db: psycopg.Connection, database: Any, server_url: str) -> Iterator[str]:
     """A role with the rights that sql/README.md gives to workers, and nothing else."""
     create_role, grants = readme_block("sql", "CREATE ROLE workers").split(";", 1)
     with suppress(psycopg.errors.DuplicateObject):  # roles are the server's, and this one may be from an earlier test
@@ -27,7 +33,7 @@ def worker_url(db: psycopg.Connection, database: psycopg.Connection, server_url:
     db.execute("DROP ROLE IF EXISTS a_worker")
     db.execute(f"CREATE ROLE a_worker LOGIN PASSWORD '{SERVICE_PASSWORD}' IN ROLE workers")
     yield url_of(database, server_url, user="a_worker", password=SERVICE_PASSWORD)
-    db.execute(END_ALL)
+    end_all(db)
     db.execute("DROP ROLE a_worker")
 
 
@@ -47,8 +53,9 @@ def start_watch(db, worker_url, monkeypatch) -> Iterator[Callable[..., worker.St
         raise SystemExit
 
     monkeypatch.setattr(worker, "psycopg", SimpleNamespace(connect=end, Error=psycopg.Error))
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
     threads = set(threading.enumerate()) - before
-    db.execute(END_ALL)
+    end_all(db)
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive(), "it would go on in the tests that follow"
@@ -90,7 +97,7 @@ def test_a_stop_while_it_is_not_connected_is_not_missed(db, make_job, start_watc
     with watch.job(job_id) as stopped, watch.job(other) as untouched:
         db.execute("ALTER ROLE a_worker CONNECTION LIMIT 0")
         try:
-            db.execute(END_ALL)
+            end_all(db)
             db.execute(STOP, (job_id,))
             time.sleep(0.3)
             assert not stopped.is_set()
@@ -170,9 +177,12 @@ def test_two_blocks_on_one_job_are_both_told(db, make_job, start_watch):
 @pytest.mark.parametrize("status", ["created", "pending", "processing", "queued", "RUNNING", "canceled"])
 def test_a_state_of_the_applications_own_is_not_the_end(db, make_job, start_watch, status):
     watch, job_id = start_watch(poll_seconds=0.05), make_job(status=status)
+    look, looks = watch.look, []
+    watch.look = lambda *asked: (look(*asked), looks.append(asked))
 
     with watch.job(job_id) as stopped:
-        assert not stopped.wait(0.3)
+        wait_until(lambda: len(looks) > 2)
+        assert not stopped.is_set()
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
@@ -251,7 +261,7 @@ def test_a_confirmation_waits_for_the_database(db, make_job, start_watch):
     db.execute(STOP, (job_id,))
     db.execute("ALTER ROLE a_worker CONNECTION LIMIT 0")
     try:
-        db.execute(END_ALL)
+        end_all(db)
         assert watch.confirm(execution_of(db, job_id)) is False
     finally:
         db.execute("ALTER ROLE a_worker CONNECTION LIMIT -1")

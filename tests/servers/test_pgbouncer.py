@@ -252,7 +252,8 @@ def test_a_listing_of_several_pages(make_job, start_pooled):
 
 def test_a_restart_of_the_pooler_and_of_its_sessions(db, make_job, pooler, service_url, start_service):
     with pooler.running():
-        service = start_service(DATABASE_URL=pooler.url(service_url))
+        constants = "beacon_stop.POOL_TIMEOUT, beacon_stop.AWAY_TIMEOUT = 2.0, 0.3"
+        service = start_service(constants, DATABASE_URL=pooler.url(service_url))
         assert service("GET", "/health/ready").status == 200
         assert service.stop(make_job(running=1)).status == 200
         db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'beacon_service'")

@@ -21,7 +21,7 @@ from conftest import (
     count_active,
     create_service_role,
     in_thread,
-    new_folder_in_memory,
+    new_folder,
     readme_block,
     wait_until,
 )
@@ -80,7 +80,7 @@ class Shards:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with new_folder_in_memory() as folder:
+    with new_folder() as folder:
         cluster = Cluster(Path(folder)).create(fsync="off", max_connections=200).start()
         yield cluster
         cluster.stop()

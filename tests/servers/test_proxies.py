@@ -77,6 +77,8 @@ def haproxy_command(folder: Path, listen: int, backend: int) -> list[object]:
         readme_block("haproxy", "forwardfor")
         .replace("bind :80", f"bind 127.0.0.1:{listen}")
         .replace(":8080", f":{backend}")
+        .replace("inter 1s", "inter 200ms")
+        .replace("timeout check 5s", "timeout check 1s")
     )
     config = folder / "haproxy.cfg"
     config.write_text(block)

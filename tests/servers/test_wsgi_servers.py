@@ -33,7 +33,7 @@ from conftest import (
     url_of,
     wait_until,
 )
-from processes import Cluster, Running, accepts_connections, free_port, running
+from processes import Cluster, Running, accepts_connections, free_port, has_ended, running
 from psycopg.conninfo import conninfo_to_dict
 
 import beacon_stop
@@ -458,6 +458,6 @@ def test_a_signal_ends_it_and_leaves_nothing_behind(started, db):
 
     started.running.process.send_signal(started.kind.stop_signal)
     assert started.running.process.wait(20) == started.kind.status
-    wait_until(lambda: not any(process.is_running() for process in family))
+    wait_until(lambda: all(map(has_ended, family)))
     wait_until(lambda: not db.execute("SELECT pid FROM pg_stat_activity WHERE usename = 'beacon_service'").fetchone())
     assert not re.search("Traceback|Exception|error", started.running.log)
