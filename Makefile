@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml
 # Debian's packages that these need; RUNLEVEL keeps their services from being started.
 .venv/debian: PACKAGES = nginx-light haproxy pgbouncer apache2 libapache2-mod-wsgi-py3 postgresql-15-plproxy postgresql-15-plpgsql-check \
 	gcc python3-dev
-.venv/debian-bench: PACKAGES = wrk golang-go golang-github-gin-gonic-gin-dev golang-github-jackc-pgx-v4-dev gcc python3-dev python3-venv libev-dev \
+.venv/debian-bench: PACKAGES = wrk valgrind golang-go golang-github-gin-gonic-gin-dev golang-github-jackc-pgx-v4-dev gcc python3-dev python3-venv libev-dev \
 	$(shell command -v npm >/dev/null || echo npm)
 .venv/debian .venv/debian-bench: Makefile | $(STAMP)
 	apt-get update -qq

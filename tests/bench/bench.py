@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ import beacon_stop
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
-from processes import Cluster, accepts_connections, free_port, running  # noqa: E402
+from processes import Cluster, accepts_connections, free_port, running, unprivileged  # noqa: E402
 
 TOKEN = "a-token-that-only-operators-have"
 CLIENTS = 16
@@ -59,6 +60,12 @@ POSTGRES = {
     "max_connections": 300, "shared_buffers": "1GB", "autovacuum": "off",
     "checkpoint_timeout": "1h", "max_wal_size": "16GB", "min_wal_size": "4GB",
 }  # fmt: skip
+
+# What the service's role may execute.
+FUNCTIONS = [
+    "emergency_stop_job", "emergency_stop_jobs", "emergency_stop_dry_run", "emergency_stop_status", "emergency_stop_faults",
+    "release_job", "runaway_jobs", "get_job", "list_executions", "timeout_stuck_jobs", "repair_stuck_jobs",
+]  # fmt: skip
 
 BARE_UPDATES = [
     """UPDATE executions SET status = 'failed', completed_at = now(),
@@ -111,7 +118,7 @@ ROWS = [
     Row("no-ops", "no-ops/s (already stopped), best server (bjoern)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
     Row("fastapi", "stops/s over HTTP, best server (granian)", "FastAPI + uvicorn + asyncpg", ">=", 1.5),
     Row("node", "stops/s over HTTP, best server (granian)", "Node + fastify + pg, pipelined", ">=", 1.3),
-    Row("flask", "stops/s over HTTP, best server (granian)", "Flask + SQLAlchemy + gunicorn, psycopg2", ">=", 3),
+    Row("flask", "stops/s over HTTP, best server (granian)", "Flask + SQLAlchemy + gunicorn, psycopg2", ">=", 2.5),
     Row("flask prepared", "stops/s over HTTP, best server (granian)", "the same with psycopg 3, which prepares"),
     Row("go", "stops/s over HTTP, best server (granian)", "Go + gin + pgx, pipelined", ">=", 1.15),
     Row("large", "a stop of 500,000 executions", "the two bare UPDATEs in one transaction, same triggers", "<=", 1.05),
@@ -126,6 +133,36 @@ ROWS = [
     Row("update", "single-row updates/s with the guard, 8 clients", "without"),
     Row("bulk", "rows/s of a 100,000-row INSERT ... SELECT with the guard", "without", ">=", 0.95),
     Row("flood", "time to stop over HTTP under a flood of 64 x 5 ms", "one transaction of the flood (5 ms)", "<=", 20),
+    Row(
+        "sharing flood",
+        "the same where each transaction first selects the job FOR SHARE",
+        "one transaction of the flood (5 ms)",
+        "<=",
+        100,
+    ),
+    Row(
+        "several",
+        "stops/s of 1,000 jobs through POST /admin/emergency-stop, one caller",
+        "pgbench, 16 clients, single calls",
+        ">=",
+        2,
+    ),
+    Row("locked", "time from the call to the 503 of a locked job", "BEACON_LOCK_TIMEOUT (2 s)", "<=", 1.1),
+    Row("counted insert", "instructions of a one-row insert with the guard", "without", "<=", 1.45),
+    Row("counted update", "instructions of a worker's update of one execution", "without", "<=", 1.30),
+    Row("counted job update", "instructions of an update of a job", "without", "<=", 1.15),
+    Row(
+        "counted stop",
+        "instructions of a stop of 42",
+        "the two bare UPDATEs in one transaction, same triggers",
+        "<=",
+        1.25,
+    ),
+    *(
+        Row(name, f"{name} beside 10,000,000 executions", "beside 10,000", "<=", 1.3)
+        for name in ("emergency_stop_status", "emergency_stop_faults", "runaway_jobs")
+    ),
+    Row("slow clients", "memory of the service with 400 slow clients", "idle", "<=", 30, "MB"),
     Row("memory", "memory of the service while it lists 1,000,000 executions", "idle", "<=", 30, "MB"),
     Row("told", "COMMIT sent -> worker told, p99", "-", "<=", 10, "ms"),
 ]
@@ -161,7 +198,7 @@ class Databases:
             server.execute("CREATE ROLE beacon_service LOGIN")
         beacon_stop.init_db(self.url("installed"))
         with psycopg.connect(self.url("installed")) as db:
-            for function in [*beacon_stop.FUNCTIONS, "emergency_stop_jobs"]:
+            for function in FUNCTIONS:
                 db.execute(f"GRANT EXECUTE ON FUNCTION {function} TO beacon_service")
 
     def url(self, name: str, role: str = "postgres") -> str:
@@ -183,8 +220,10 @@ class Databases:
                 server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def load(db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed: int = COMPLETED) -> None:
-    """Replace all rows by fresh jobs, the indexes by newly built ones, and leave nothing to do for the background."""
+def load(
+    db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed: int = COMPLETED, age: str = "0"
+) -> None:
+    """Replace all rows by fresh jobs, whose executions are of that age, the indexes by newly built ones, and leave nothing to do for the background."""
     secondary = db.execute(
         "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'executions' AND indexname <> 'executions_pkey'"
     ).fetchall()
@@ -201,11 +240,12 @@ def load(db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed
             (FIRST_JOB, jobs - 1),
         )
         db.execute(
-            "INSERT INTO executions (job_id, status, started_at, completed_at, output)"
-            " SELECT %s + job, CASE WHEN n <= %s THEN 'completed' ELSE ('{pending,running,processing}'::text[])[n %% 3 + 1] END, now(),"
+            "INSERT INTO executions (job_id, status, created_at, started_at, completed_at, output)"
+            " SELECT %s + job, CASE WHEN n <= %s THEN 'completed' ELSE ('{pending,running,processing}'::text[])[n %% 3 + 1] END,"
+            " now() - %s::interval, now() - %s::interval,"
             " CASE WHEN n <= %s THEN now() END, CASE WHEN n <= %s THEN '{\"ok\": true}'::jsonb END"
             " FROM generate_series(0, %s) AS job, generate_series(1, %s) AS n",
-            (FIRST_JOB, completed, completed, completed, jobs - 1, completed + active),
+            (FIRST_JOB, completed, age, age, completed, completed, jobs - 1, completed + active),
         )
         for _, definition in secondary:
             db.execute(definition)
@@ -540,7 +580,7 @@ class Bench:
             in_flight = CLIENTS  # wrk does not wait for the last answers
         else:
             script = f"\\set n :n + 1\n\\set job {FIRST_JOB} + :n * {CLIENTS} + :client_id\nSELECT emergency_stop_job(:job)::text;\n"
-            answered, _ = self.pgbench.run("race", script, CLIENTS, STOP_SECONDS, n=-1)
+            answered, _ = self.pgbench.run(db.info.dbname, script, CLIENTS, STOP_SECONDS, n=-1)
             in_flight = 0
         count, stopped = "SELECT count(*) FROM emergency_stops", -1
         while stopped != (now := db.execute(count).fetchone()[0]):  # until those in flight have come to their end
@@ -685,10 +725,18 @@ class Bench:
         }  # fmt: skip
 
     def flood(self) -> dict[str, Figure]:
+        """Floods of inserts, and of transactions that first share the lock of the job's row, as careful workers do."""
+        insert = "INSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n\\sleep 5 ms\nCOMMIT;\n"
+        share = "SELECT status FROM jobs WHERE id = :job::text FOR SHARE;\n"
+        return {
+            "flood": self.stop_floods(f"BEGIN;\n{insert}"),
+            "sharing flood": self.stop_floods(f"BEGIN;\n{share}{insert}"),
+        }
+
+    def stop_floods(self, script: str) -> Figure:
         """Ten floods, each of a job of its own, at full speed for half a second when the stop is sent."""
         db = self.databases.create("flood")
         load(db, 10, active=0, completed=0)
-        script = "BEGIN;\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n\\sleep 5 ms\nCOMMIT;\n"
         active = "SELECT count(*) FROM executions WHERE job_id = %s AND status IN ('pending', 'running', 'processing')"
         seconds = []
         server = contenders()["granian"]
@@ -717,11 +765,154 @@ class Bench:
                 say(f"flood stopped in {seconds[-1] * 1000:.0f} ms")
             connection.close()
         self.databases.drop("flood")
-        return {
-            "flood": Figure(
-                median(seconds) / 0.005, f"{median(seconds) * 1000:.0f} ms (worst {max(seconds) * 1000:.0f} ms)", "5 ms"
-            )
+        worst = f"{median(seconds) * 1000:.0f} ms (worst {max(seconds) * 1000:.0f} ms)"
+        return Figure(median(seconds) / 0.005, worst, "5 ms")
+
+    def several(self) -> dict[str, Figure]:
+        """1,000 jobs in ten calls of 100, one after the other; beside it, pgbench with a call for each job."""
+        db = self.databases.create("several")
+        ours, theirs, server = list[float](), list[float](), contenders()["granian"]
+        with serving(server, self.databases, "several", self.folder):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            post(connection, 0)
+            for number in range(1, ROUNDS + 1):
+                load(db, 1_000)
+                calls = [[str(FIRST_JOB + call + n) for n in range(100)] for call in range(0, 1_000, 100)]
+                seconds = timed(lambda: self.stop_all(connection, calls))  # noqa: B023
+                ours.append(1_000 / seconds)
+                rate, jobs = None, 10_000
+                while not (rate := self.run_stops(db, Contender("pgbench"), jobs)):
+                    jobs *= 2
+                theirs.append(rate)
+                say(f"round {number} of {ROUNDS}: {ours[-1]:,.0f} stops/s in calls of 100, pgbench {rate:,.0f}")
+            connection.close()
+        self.databases.drop("several")
+        ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+        return {"several": Figure(ratio, f"{median(ours):,.0f}/s", f"{median(theirs):,.0f}/s")}
+
+    @staticmethod
+    def stop_all(connection: http.client.HTTPConnection, calls: list[list[str]]) -> None:
+        for ids in calls:
+            body = json.dumps({"job_ids": ids}).encode()
+            connection.request("POST", "/admin/emergency-stop", body, {"X-Admin-Token": TOKEN})
+            answer = json.loads(connection.getresponse().read())
+            if answer.get("stopped") != len(ids):
+                raise RuntimeError(f"of {len(ids)} jobs not all were stopped: {str(answer)[:500]}")
+
+    def locked(self) -> dict[str, Figure]:
+        """A transaction holds the job's row; the call says so after one lock timeout."""
+        db, seconds, server = self.databases.create("locked"), [], contenders()["stdlib"]
+        load(db, ROUNDS)
+        with serving(server, self.databases, "locked", self.folder):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            for job in range(FIRST_JOB, FIRST_JOB + ROUNDS):
+                with db.transaction():
+                    db.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (str(job),))
+                    answers: list[tuple[int, dict[str, Any]]] = []
+                    seconds.append(timed(lambda: answers.append(post(connection, job))))  # noqa: B023
+                    if answers[0][0] != 503 or len(answers[0][1]["blocked_by"]) != 1:
+                        raise RuntimeError(f"a locked job is answered with {answers[0]}")
+            connection.close()
+        self.databases.drop("locked")
+        return {"locked": Figure(median(seconds) / 2, f"{median(seconds):.2f} s", "2 s")}
+
+    def counted(self) -> dict[str, Figure]:
+        """Instructions of a statement and its transaction in a server of one process, once all plans are made."""
+        cluster = Cluster(self.folder / "counted", self.databases.cluster.bindir)
+        databases = Databases(cluster.create(autovacuum="off", jit="off").start())
+        for name in ("guarded", "unguarded"):
+            load(databases.create(name), 60)
+        databases.connect("unguarded").execute("ALTER TABLE executions DISABLE TRIGGER USER")
+        databases.connect("unguarded").execute("ALTER TABLE jobs DISABLE TRIGGER USER")
+        load(databases.create("bare"), 60)
+        cluster.stop()
+        statements = {
+            "counted insert": f"INSERT INTO executions (job_id, status) VALUES ('{FIRST_JOB}', 'pending')",
+            # The active executions of a job come after the completed ones.
+            "counted update": f"UPDATE executions SET started_at = now() WHERE id = {COMPLETED} + $1",
+            "counted job update": f"UPDATE jobs SET updated_at = now() WHERE id = ({FIRST_JOB} + $1)::text",
         }
+        pairs = {key: [("guarded", [text]), ("unguarded", [text])] for key, text in statements.items()}
+        bare = [update.replace("%s", f"({FIRST_JOB} + $1)::text") for update in BARE_UPDATES]
+        pairs["counted stop"] = [("guarded", [f"SELECT emergency_stop_job(({FIRST_JOB} + $1)::text)"]), ("bare", bare)]
+        figures = {}
+        for key, sides in pairs.items():
+            ours, theirs = (self.instructions(cluster, database, statements) for database, statements in sides)
+            figures[key] = Figure(ours / theirs, f"{ours:,}", f"{theirs:,}")
+            say(f"{key}: {ours:,} instructions, {theirs:,} {sides[1][0]}")
+        return figures
+
+    @staticmethod
+    def instructions(cluster: Cluster, database: str, statements: list[str]) -> int:
+        """What each of twenty transactions costs, after ten that are not counted; $1 is a number of its own for each."""
+        prepared = [f"PREPARE statement_{n} (bigint) AS {' '.join(text.split())};" for n, text in enumerate(statements)]
+
+        def count(numbers: range) -> int:
+            calls = [" ".join(f"EXECUTE statement_{n} ({number});" for n in range(len(statements))) for number in numbers]
+            result = subprocess.run(
+                ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", cluster.bindir / "postgres",
+                 "--single", "-j", "-D", cluster.data, database],
+                input="".join(f"{line}\n\n" for line in [*prepared, *calls]), capture_output=True, text=True, cwd="/",
+                env={"PATH": os.environ["PATH"]}, **unprivileged(),
+            )  # fmt: skip
+            found = re.search(r"Collected : (\d+)", result.stderr)
+            if result.returncode or not found or "ERROR" in result.stderr:
+                raise RuntimeError(f"{statements} could not be counted:\n{result.stderr[-2_000:]}")
+            return int(found[1])
+
+        return (count(range(11, 41)) - count(range(1, 11))) // 20
+
+    def questions(self) -> dict[str, Figure]:
+        """What an operator asks, of a job that runs away for a second, beside executions of yesterday."""
+        say("loading 10,000,000 executions")
+        sides = {"vast": self.databases.create("vast"), "small": self.databases.create("small")}
+        load(sides["vast"], 10_000, active=0, completed=1_000, age="1 day")
+        load(sides["small"], 10, active=0, completed=1_000, age="1 day")
+        for db in sides.values():
+            db.execute("INSERT INTO jobs (id, status) VALUES ('runaway', 'processing')")
+            db.execute("INSERT INTO executions (job_id, status) SELECT 'runaway', 'running' FROM generate_series(1, 1000)")
+        calls = {
+            "emergency_stop_status": "SELECT emergency_stop_status('runaway')",
+            "emergency_stop_faults": "SELECT count(*) FROM emergency_stop_faults()",
+            "runaway_jobs": "SELECT runaway_jobs()",
+        }
+        figures = {}
+        for key, call in calls.items():
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(20 * ROUNDS):
+                for name in random.sample(list(sides), 2):
+                    seconds[name].append(timed(lambda: sides[name].execute(call)))  # noqa: B023
+            ratio = median(a / b for a, b in zip(seconds["vast"], seconds["small"], strict=True))
+            ours, theirs = (f"{median(seconds[name]) * 1000:.1f} ms" for name in sides)
+            figures[key] = Figure(ratio, ours, theirs)
+            say(f"{key}: {ours} beside 10,000,000 executions, {theirs} beside 10,000")
+        self.databases.drop(*sides)
+        return figures
+
+    def slow(self) -> dict[str, Figure]:
+        """400 clients that have begun a request and do not go on; the server keeps a thread for each until their time is up."""
+        load(self.databases.create("slow"), 1)
+        server, clients = contenders()["stdlib"], list[socket.socket]()
+        with serving(server, self.databases, "slow", self.folder) as process:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            post(connection, 0)
+            idle, threads = process.memory_info().rss, process.num_threads()
+            for _ in range(400):
+                clients.append(socket.create_connection(("127.0.0.1", server.port)))
+                clients[-1].sendall(b"POST /admin/jobs/a/emergency-stop HTTP/1.1\r\nHost: a\r\nX-Admin-Token: ")
+            deadline = time.monotonic() + 5
+            while process.num_threads() < threads + 400:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"of 400 slow clients {process.num_threads() - threads} are served")
+                time.sleep(0.01)
+            status, _ = post(connection, FIRST_JOB)
+            if status != 200:
+                raise RuntimeError(f"beside 400 slow clients a stop is answered with {status}")
+            crowded = process.memory_info().rss
+            for client in [*clients, connection]:
+                client.close()
+        self.databases.drop("slow")
+        return {"slow clients": Figure((crowded - idle) / 1e6, f"{crowded / 1e6:.1f} MB", f"{idle / 1e6:.1f} MB")}
 
     def memory(self) -> dict[str, Figure]:
         """The highest resident size of `beacon-stop serve` while 1,000,000 executions are read from it, as the kernel recorded it."""
@@ -850,7 +1041,8 @@ def print_table(figures: Mapping[str, Figure], db_version: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench")
-    measurements = ["race", "large", "crowd", "inserts", "flood", "memory", "told"]
+    measurements = ["race", "large", "crowd", "inserts", "flood", "several", "locked", "counted", "questions", "slow",
+                    "memory", "told"]  # fmt: skip
     listed = f"some of {', '.join(measurements)}, all if none is named; or choices"
     parser.add_argument("measurements", nargs="*", metavar="MEASUREMENT", help=listed)
     parser.add_argument("--listen", metavar="URL", help=argparse.SUPPRESS)
