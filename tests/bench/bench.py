@@ -161,8 +161,7 @@ class Databases:
             server.execute("CREATE ROLE beacon_service LOGIN")
         beacon_stop.init_db(self.url("installed"))
         with psycopg.connect(self.url("installed")) as db:
-            for function in [*beacon_stop.FUNCTIONS, "emergency_stop_jobs"]:
-                db.execute(f"GRANT EXECUTE ON FUNCTION {function} TO beacon_service")
+            db.execute("GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO beacon_service")
 
     def url(self, name: str, role: str = "postgres") -> str:
         return f"postgresql://{role}@127.0.0.1:{self.cluster.port}/{name}"
