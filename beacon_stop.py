@@ -45,12 +45,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent import futures
 from contextlib import contextmanager, suppress
-from functools import partial
-from http import HTTPStatus
-from http.client import parse_headers
+from http.client import parse_headers, responses
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
 from itertools import chain
@@ -268,9 +265,11 @@ class LogHandler(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> str:
         """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
-        library = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()}
-        fields = getattr(record, "fields", library)
-        line = {"time": at, "event": "log" if fields is library else record.msg, **fields}
+        if hasattr(record, "fields"):
+            line = {"time": at, "event": record.msg, **record.fields}
+        else:
+            said = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()}
+            line = {"time": at, "event": "log", **said}
         for name, value in line.items():
             if isinstance(value, str):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
@@ -324,14 +323,11 @@ def log_event(event: str, **fields: Any) -> None:
 
 
 class RateLimiter:
-    """A token bucket for each client, in bounded memory: of more than `max_clients` the longest unseen are forgotten.
-
-    A bucket is kept as the moment at which it will be full again.
-    """
+    """A token bucket for each client, of `max_clients` at most: then the longest unseen is forgotten."""
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_clients: int = 10_000) -> None:
         self.rate, self.clock, self.max_clients = rate, clock, max_clients
-        self._full_at: dict[str, float] = {}
+        self._full_at: dict[str, float] = {}  # when each bucket will be full again
         self._lock = threading.Lock()
 
     def take(self, client: str) -> None:
@@ -356,8 +352,7 @@ class RateLimiter:
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed, with OperationalError, when the server is silent for longer than `patience` seconds.
 
-    No timeout of the server's ends a wait for a server that hangs, or for a standby in a commit: a cancelled wait for a
-    standby is reported as success.
+    Its own timeouts end no commit that waits for a standby, and to cancel that would report it as success.
     """
 
     patience = SILENCE
@@ -412,7 +407,6 @@ class Pool(ConnectionPool[BoundedConnection]):
             max_lifetime=math.inf,  # the pool would give a connection up before it has another
             reconnect_timeout=1.0,  # then anew, at once: no growing delays when it comes back
             reconnect_failed=lambda _: self.try_anew(),
-            num_workers=2,
             open=True,
         )
 
@@ -496,14 +490,14 @@ class GroupMember(NamedTuple):
     job_id: str
     reason: str | None
     caller: str
-    answer: Future[str | None]
+    answer: futures.Future[str | None]
 
 
 class GroupedStops:
     """Lets stops that are asked for at the same time share a transaction: one round trip, one `NOTIFY`, one flush.
 
-    While the one thread has a group in the database, others gather in the queue. A stop whose job is locked goes by
-    itself, as does one with another reason than the first of its group, or all if the group fails.
+    While the thread has a group in the database, others gather in the queue. A stop goes by itself if its job is
+    locked, if it has another reason than the first of its group, and if the group fails.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -515,11 +509,11 @@ class GroupedStops:
         """emergency_stop_job's answer once it is committed, or None: nothing was done, and the stop goes by itself."""
         if not self.can_group:
             return None
-        member = GroupMember(job_id, reason, caller, Future())
+        member = GroupMember(job_id, reason, caller, futures.Future())
         self.queue.put(member)
         try:
             return member.answer.result(GROUP_TIMEOUT)
-        except FutureTimeout:  # the group before takes its time: who is not in a group yet goes by itself
+        except futures.TimeoutError:  # the group before takes its time: who is not in a group yet goes by itself
             return None if member.answer.cancel() else member.answer.result()
 
     def run(self) -> None:
@@ -544,7 +538,7 @@ class GroupedStops:
         try:
             callers = ", ".join(each.caller for each in group)
             values = ([each.job_id for each in group], first.reason, f"[{callers}]", False, SHORT_WAIT)
-            for job_id, summary in self.pool.fetch(STOP_JOBS, *values, timeout=0.1):
+            for job_id, summary in self.pool.fetch(STOP_JOBS, *values, timeout=0.1) if group else ():
                 if json.loads(summary).get("error") != "job is locked":
                     answers[job_id] = summary
         finally:
@@ -570,7 +564,7 @@ class Application:
     def _forget(self) -> None:
         self._lock = threading.Lock()  # for opening and closing
         self._is_open = False
-        self._stops: dict[tuple[str, bool], Future[None]] = {}  # at work, by job and force
+        self._stops: dict[tuple[str, bool], futures.Future[None]] = {}  # at work, by job and force
         self._batch = threading.Lock()  # one at a time: the other connections are for stops
 
     def open(self) -> None:
@@ -630,14 +624,15 @@ class Application:
                 raise HTTPError(403, "forbidden")
         elif path.startswith("/api/"):
             self.reads.take(client)
-        answer = getattr(self, name)(request, *(checked_id(each) for each in ids))
-        if isinstance(answer, Iterator):
+        answer = getattr(self, name)(request, *map(checked_text, ids))
+        if isinstance(answer, chain):
             return Response(200, answer)
-        # PostgreSQL's JSON goes out as it is. Readers' is not parsed: metadata may hold what Python does not take.
+        # PostgreSQL's JSON goes out as it is. A reader's is not parsed: metadata may hold what Python does not take.
         summary = json.loads(answer) if is_admin or answer.startswith('{"error"') else {}
-        request.noted["outcome"] = outcome_of(summary)
-        for key in ("executions_stopped", "sessions_ended"):
-            request.noted[key] = request.noted[key] or summary.get(key, 0)
+        if is_admin:
+            request.noted["outcome"] = outcome_of(summary)
+            for key in ("executions_stopped", "sessions_ended"):
+                request.noted[key] = request.noted[key] or summary.get(key, 0)
         status = {None: 200, "job not found": 404}.get(summary.get("error"), 409)
         return Response(status, answer.encode() + b"\n")
 
@@ -651,18 +646,18 @@ class Application:
         return self.stop(job_id, bool(body["force"]), body["reason"], request.caller())
 
     def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
-        """Of those who call for one job at a time only the first one waits for its locks, and is in a group.
+        """Of those who call for one job at a time only the first waits for its locks.
 
         The others wait for the first, and fail with it or ask for themselves; with force, for the first with force.
         """
-        mine = Future[None]()
+        mine: futures.Future[None] = futures.Future()
         first = self._stops.setdefault((job_id, force), mine)
         if first is not mine:
             first.result()
             return self.admin_pool.ask(STOP_JOB, job_id, reason, force, caller)
         try:
-            is_alone = force or len(self._stops) == 1
-            answer = None if is_alone else self.group.stop(job_id, reason, caller)
+            by_itself = force or len(self._stops) == 1
+            answer = None if by_itself else self.group.stop(job_id, reason, caller)
             return answer or self.admin_pool.ask(STOP_JOB, job_id, reason, force, caller)
         except Exception as error:
             mine.set_exception(error)
@@ -680,7 +675,7 @@ class Application:
         for name in ("reason", "status"):
             if not body[name]:
                 raise bad(f"{name} is missing: expected text that is not empty")
-        status = checked_text("status", body["status"], MAX_STATUS)
+        status = checked_text(body["status"], "status", MAX_STATUS)
         request.has_values = True
         return self.admin_pool.ask(RELEASE_JOB, job_id, body["reason"], status, request.caller())
 
@@ -690,7 +685,7 @@ class Application:
         ids = body["job_ids"]
         if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_IDS or len({*map(str, ids)}) < len(ids):
             raise bad(f"job_ids cannot be used: expected a list of 1 to {MAX_IDS} ids, each of them once")
-        ids = [checked_id(each) for each in ids]
+        ids = [checked_text(each) for each in ids]
         answers = self.stop_all(ids, request, body["reason"], bool(body["force"]))
         summaries = [json.loads(answers[job_id]) for job_id in ids]
         kinds = [outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries]
@@ -703,7 +698,7 @@ class Application:
         return f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
 
     def stop_all(self, ids: list[str], request: Request, reason: str | None, force: bool) -> dict[str, str]:
-        """emergency_stop_jobs' answers by job: for those that are locked asked again, with waits that double.
+        """emergency_stop_jobs' answers by job. It is asked again for those that are locked, with waits that double.
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
         """
@@ -757,25 +752,23 @@ class Application:
     def get_job(self, request: Request, job_id: str) -> str:
         return self.read_pool.ask(GET_JOB, job_id)
 
-    def list_executions(self, request: Request) -> Iterator[bytes]:
-        """The listing in parts, read as the caller takes them.
-
-        No database connection is held while the caller reads: a slow one, or one that went away, costs none.
-        """
-        query = request.read_query("job_id", "status", "after")
-        if "job_id" not in query:
+    def list_executions(self, request: Request) -> chain[bytes]:
+        """The listing in parts, each read as the caller takes it: one that is slow or gone holds no connection."""
+        job_id, status, after = (request.read_query(name) for name in ("job_id", "status", "after"))
+        if job_id is None:
             raise bad("job_id is missing: expected ?job_id=ID")
-        for name in query.keys() - {"job_id"}:
-            checked_text(name, query[name], MAX_STATUS)
+        for name, value in (("status", status), ("after", after)):
+            if value is not None:
+                checked_text(value, name, MAX_STATUS)
         limit = request.read_number("limit", 2**63 - 1, 2**63 - 1)
         request.has_values = True
-        parts = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
+        parts = self.execution_pages(checked_text(job_id), status, after, limit)
         first = next(parts)  # whatever is wrong with the database shows here, while a status can still tell it
         return chain([first], parts)
 
     def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[bytes]:
-        before, fetch = '{"executions": [', partial(self.read_pool.fetch, LIST_EXECUTIONS)
-        while limit and (rows := fetch(job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
+        before, fetch = '{"executions": [', self.read_pool.fetch
+        while limit and (rows := fetch(LIST_EXECUTIONS, job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
             yield (before + ", ".join(execution for _, execution in rows)).encode()
             before, after, limit = ", ", rows[-1][0], limit - len(rows)
         yield b"]}\n" if before == ", " else b'{"executions": []}\n'
@@ -800,12 +793,11 @@ def find_route(method: str, path: str) -> tuple[str, list[str]]:
     allowed: list[str] = []
     for pattern, verb, name in ROUTES:
         if match := re.fullmatch(pattern, path, re.DOTALL):
-            verbs = ["GET", "HEAD"] if verb == "GET" else [verb]
-            if method in verbs:
+            if verb == method.replace("HEAD", "GET"):
                 return name, [each.encode("latin-1").decode("utf-8", "surrogateescape") for each in match.groups()]
-            allowed += verbs
+            allowed.append(verb)
     if allowed:
-        raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed)})
+        raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed).replace("GET", "GET, HEAD")})
     raise HTTPError(404, "no such route")
 
 
@@ -825,9 +817,9 @@ class Request:
     def read_path(self) -> str:
         """The path below the mount point, percent-decoded, each byte as a character.
 
-        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where
-        that is all that tells it from what was sent, and the server says what was sent, that is what counts. Not where
-        the first part differs: a rule of the server's for /admin must hold.
+        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job. If that
+        is all that differs from the target that the server says was sent, the target counts. Its first part must be
+        the same: a rule of the server's for /admin must hold.
         """
         path: str = self.environ.get("PATH_INFO", "")
         target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
@@ -841,26 +833,25 @@ class Request:
     def read_client(self, trusted_proxies: int) -> str:
         """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
         address = self.environ.get("REMOTE_ADDR") or ""
-        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
-        if 0 < trusted_proxies <= len(hops):
+        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
+        if hops and len(hops) >= trusted_proxies:
             address = read_address(hops[-trusted_proxies].strip()) or address
         return read_address(address) or address
 
-    def read_query(self, *names: str) -> dict[str, str]:
-        """Those of the named parameters that the query has; others are ignored."""
+    def read_query(self, name: str) -> str | None:
+        """The named parameter, None where the query has none; raises HTTPError 400 if it has several."""
         text = self.environ.get("QUERY_STRING", "")
         try:  # bytes that were not percent-encoded arrive as Latin-1 characters
             query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
-            given = {name: [each.encode("latin-1").decode() for each in query.get(name, ())] for name in names}
+            values = [each.encode("latin-1").decode() for each in query.get(name, ())]
         except ValueError:
             raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
-        for name, values in given.items():
-            if len(values) > 1:
-                raise bad(f"{name} is given {len(values)} times: expected once")
-        return {name: values[0] for name, values in given.items() if values}
+        if len(values) > 1:
+            raise bad(f"{name} is given {len(values)} times: expected once")
+        return values[0] if values else None
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        text = self.read_query(name).get(name, str(default))
+        text = str(default) if (given := self.read_query(name)) is None else given
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
             raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
         return int(text)
@@ -878,7 +869,7 @@ class Request:
             raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
         for name, high in (("reason", MAX_REASON), ("actor", MAX_ACTOR)):
             if body.get(name) is not None:
-                self.noted[name] = checked_text(name, body[name], high, low=0)
+                self.noted[name] = checked_text(body[name], name, high, low=0)
         for name in ("force", "dry_run"):
             if not isinstance(body.get(name), (bool, type(None))):
                 raise bad(f"{name} cannot be used: expected true or false")
@@ -917,8 +908,9 @@ def outcome_of(summary: Mapping[str, Any]) -> str:
 
 def read_address(text: str) -> str | None:
     """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
+    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text[:100])
     try:
-        address = ipaddress.ip_address(re.sub(r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$", r"\1\2", text[:100]))
+        address = ipaddress.ip_address((match[1] or match[2]) if match else text[:100])
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address):
@@ -926,15 +918,11 @@ def read_address(text: str) -> str | None:
     return str(address)
 
 
-def checked_text(name: str, value: Any, high: int, low: int = 1) -> str:
+def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int = 1) -> str:
     if not isinstance(value, str) or not low <= len(value) <= high or re.search("[\0\ud800-\udfff]", value):
         size = f"{low} to {high}" if low else f"text of at most {high}"
         raise bad(f"{name} cannot be used: expected {size} characters of UTF-8, none of them NUL")
     return value
-
-
-def checked_id(text: Any) -> str:
-    return checked_text("job id", text, MAX_ID)
 
 
 def explain(error: Exception, request: Request) -> HTTPError:
@@ -987,8 +975,7 @@ def respond(request: Request, response: Response, start_response: Callable[..., 
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Request-ID": request.request_id}
     if isinstance(response.body, bytes):
         headers["Content-Length"] = str(len(response.body))
-    status = HTTPStatus(response.status)
-    start_response(f"{status.value} {status.phrase}", [*{**headers, **response.headers}.items()])
+    start_response(f"{response.status} {responses[response.status]}", [*{**headers, **response.headers}.items()])
     if request.method == "HEAD":
         return []
     return [response.body] if isinstance(response.body, bytes) else response.body
