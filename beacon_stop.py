@@ -1104,7 +1104,7 @@ class Client(BaseHTTPRequestHandler):
                 self.expect("working", math.inf)
         except HTTPError as error:
             response = error.response()
-            log_event("refused", client=self.client_address[0], outcome=error.error, status=error.status)
+            log_event("refused", client=self.client_address[0], outcome=error.error, status=int(error.status))
             given = re.search(rb"\nx-request-id:[ \t]*([\x21-\x7e]{1,128})[ \t]*\r", head, re.IGNORECASE)
             environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
                        "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
