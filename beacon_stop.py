@@ -578,8 +578,7 @@ class Application:
                 self.admin_pool = Pool(settings, "admin", settings.database_url, settings.admin_pool)
                 self.health_pool = Pool(settings, "health", settings.database_url, 1)
                 self.read_pool = Pool(settings, "read", settings.read_database_url, settings.read_pool, min_size=1)
-                self.group_pool = Pool(settings, "group", settings.database_url, 1)
-                self.group = GroupedStops(self.group_pool)
+                self.group = GroupedStops(Pool(settings, "group", settings.database_url, 1))
                 self._is_open = True
 
     def close(self) -> None:
@@ -588,7 +587,7 @@ class Application:
             if self._is_open:
                 self._is_open = False
                 self.group.queue.put(None)
-                for pool in (self.admin_pool, self.group_pool, self.health_pool, self.read_pool):
+                for pool in (self.admin_pool, self.health_pool, self.read_pool, self.group.pool):
                     pool.close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -757,12 +756,9 @@ class Application:
         job_id, status, after = (request.read_query(name) for name in ("job_id", "status", "after"))
         if job_id is None:
             raise bad("job_id is missing: expected ?job_id=ID")
-        for name, value in (("status", status), ("after", after)):
-            if value is not None:
-                checked_text(value, name, MAX_STATUS)
         limit = request.read_number("limit", 2**63 - 1, 2**63 - 1)
         request.has_values = True
-        parts = self.execution_pages(checked_text(job_id), status, after, limit)
+        parts = self.execution_pages(job_id, status, after, limit)
         first = next(parts)  # whatever is wrong with the database shows here, while a status can still tell it
         return chain([first], parts)
 
@@ -839,7 +835,7 @@ class Request:
         return read_address(address) or address
 
     def read_query(self, name: str) -> str | None:
-        """The named parameter, None where the query has none; raises HTTPError 400 if it has several."""
+        """The named parameter, None where the query has none; raises HTTPError 400 if it is empty, or there twice."""
         text = self.environ.get("QUERY_STRING", "")
         try:  # bytes that were not percent-encoded arrive as Latin-1 characters
             query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
@@ -848,10 +844,10 @@ class Request:
             raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
         if len(values) > 1:
             raise bad(f"{name} is given {len(values)} times: expected once")
-        return values[0] if values else None
+        return checked_text(values[0], name.replace("_", " "), MAX_ID) if values else None
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        text = str(default) if (given := self.read_query(name)) is None else given
+        text = self.read_query(name) or str(default)
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
             raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
         return int(text)
@@ -984,9 +980,8 @@ def respond(request: Request, response: Response, start_response: Callable[..., 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
     """Make a WSGI application, configured by the process environment as late as its first call.
 
-    `environment` takes the place of that, and settings given by name, such as `admin_token=`, `database_url=` or
-    `lock_timeout="2s"`, come before it, written as in the environment. Both are checked at once: raises
-    ConfigurationError.
+    `environment` takes the place of that, and settings given by name, such as `lock_timeout="2s"`, come before it,
+    written as in the environment. Both are checked at once: raises ConfigurationError.
     """
     if environment is None and not settings:
         return Application(lambda: Settings(os.environ))

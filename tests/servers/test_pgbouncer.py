@@ -118,7 +118,7 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
 def test_stops_share_no_transaction(make_app, pooled_url):
     app = make_app(database_url=pooled_url)
     assert Client(app).stop("nix").status == 404
-    wait_until(lambda: app.group_pool.is_pooled)
+    wait_until(lambda: app.group.pool.is_pooled)
     assert not app.group.can_group
 
 
