@@ -102,7 +102,7 @@ def test_ids_that_no_table_can_hold(shared_client, id):
 
     answer = shared_client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN)
     assert answer.status == 400
-    assert re.match("job id (cannot be used: expected 1 to 255 characters|is not UTF-8)", answer.json["error"])
+    assert answer.json["error"].startswith("job id cannot be used: expected 1 to 255 characters")
 
 
 TIDIED = {
