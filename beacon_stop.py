@@ -45,20 +45,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent import futures
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from functools import partial
-from http import HTTPStatus
-from http.client import parse_headers
+from http.client import parse_headers, responses
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
 from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Empty, Full, Queue, SimpleQueue
+from queue import Full, Queue, SimpleQueue
 from socketserver import TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -68,7 +63,7 @@ from wsgiref.headers import Headers
 
 import psycopg
 from psycopg import errors
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 __all__ = ["ConfigurationError", "application", "create_app"]
@@ -86,39 +81,35 @@ LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
 REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
 FAULTS = "SELECT * FROM emergency_stop_faults()"
-MISSING_FUNCTIONS = """SELECT f FROM unnest(%s::text[]) AS f
-    WHERE NOT COALESCE(has_function_privilege(to_regprocedure(f), 'EXECUTE'), false)"""
-FUNCTIONS = [
-    "emergency_stop_job(text,text,boolean,jsonb)", "emergency_stop_dry_run(text)", "emergency_stop_status(text)",
-    "emergency_stop_faults()", "release_job(text,text,text,jsonb)", "runaway_jobs(integer,integer)", "get_job(text)",
-    "list_executions(text,text,text,bigint,bigint)", "timeout_stuck_jobs(interval,integer)",
-    "repair_stuck_jobs(interval,integer)",
-]  # fmt: skip
 # Single stops can do without. On a PL/Proxy front a group is not one transaction, and as slow as its slowest shard.
 CAN_GROUP = """
     SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
 """
 
-# Path, method, the Application's method that answers (also the event in the log), and whose rate limit counts.
+# Path, method, and the Application's method that answers, which below /admin/ is also the event in the log.
 ROUTES = [
-    (r"/admin/jobs/(.*)/emergency-stop", "POST", "emergency_stop", "admin"),
-    (r"/admin/jobs/(.*)/emergency-stop", "GET", "emergency_stop_status", "admin"),
-    (r"/admin/jobs/(.*)/release", "POST", "release", "admin"),
-    (r"/admin/emergency-stop", "POST", "emergency_stop_several", "admin"),
-    (r"/admin/runaways", "GET", "runaways", "admin"),
-    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs", "admin"),
-    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs", "admin"),
-    (r"/api/v1/jobs/(.*)", "GET", "get_job", "reader"),
-    (r"/api/v1/executions", "GET", "list_executions", "reader"),
-    (r"/health/live", "GET", "health_live", ""),
-    (r"/health/ready", "GET", "health_ready", ""),
+    (r"/admin/jobs/(.*)/emergency-stop", "POST", "emergency_stop"),
+    (r"/admin/jobs/(.*)/emergency-stop", "GET", "emergency_stop_status"),
+    (r"/admin/jobs/(.*)/release", "POST", "release"),
+    (r"/admin/emergency-stop", "POST", "emergency_stop_several"),
+    (r"/admin/runaways", "GET", "runaways"),
+    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs"),
+    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs"),
+    (r"/api/v1/jobs/(.*)", "GET", "get_job"),
+    (r"/api/v1/executions", "GET", "list_executions"),
+    (r"/health/live", "GET", "health_live"),
+    (r"/health/ready", "GET", "health_ready"),
 ]
 
+SETTINGS = [
+    "ADMIN_TOKEN", "DATABASE_URL", "BEACON_READ_DATABASE_URL", "BEACON_ADMIN_RATE", "BEACON_FAILED_RATE",
+    "BEACON_READ_RATE", "BEACON_TRUSTED_PROXIES", "BEACON_LOCK_TIMEOUT", "BEACON_STATEMENT_TIMEOUT",
+    "BEACON_ADMIN_POOL", "BEACON_READ_POOL",
+]  # fmt: skip
 MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
 MAX_IDS = 100  # jobs in one call
 MAX_BODY, MAX_BODY_OF_SEVERAL, MAX_HEAD = 16 * 1024, 256 * 1024, 16 * 1024  # bytes
-MAX_BIGINT = 2**63 - 1
 YEAR = 8_760  # hours
 # As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
 BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int)
@@ -126,7 +117,6 @@ PAGE_ROWS, PAGE_BYTES = 1_000, 256 * 1024  # of a listing, read from the databas
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
 SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
-RETRY_AFTER = {"Retry-After": "2"}  # seconds
 GROUP_SIZE = 16  # stops in one transaction: PostgreSQL caches 64 subtransactions a session, and a stop has a few
 GROUP_TIMEOUT = 0.25  # seconds that such a transaction may take
 GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself, after a group has failed
@@ -148,40 +138,24 @@ class Rate(NamedTuple):
     seconds: int
 
 
-@dataclass(frozen=True)
 class Settings:
-    """The configuration, checked; timeouts in seconds. Secrets are kept out of its repr."""
+    """The configuration, checked; timeouts in seconds."""
 
-    admin_token: bytes = field(repr=False)
-    database_url: str = field(repr=False)
-    read_database_url: str = field(repr=False)
-    admin_rate: Rate
-    failed_rate: Rate
-    read_rate: Rate
-    trusted_proxies: int
-    lock_timeout: float
-    statement_timeout: float
-    admin_pool: int
-    read_pool: int
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         """Read all settings but HOST and PORT; raises ConfigurationError for the first one that cannot be used."""
-        statement_timeout = read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s")
+        self.admin_token = read_token(environment.get("ADMIN_TOKEN", ""))
+        self.database_url = read_url(environment, "DATABASE_URL")
+        self.read_database_url = read_url(environment, "BEACON_READ_DATABASE_URL", self.database_url)
+        self.admin_rate = read_rate(environment, "BEACON_ADMIN_RATE", "600/minute")
+        self.failed_rate = read_rate(environment, "BEACON_FAILED_RATE", "10/minute")
+        self.read_rate = read_rate(environment, "BEACON_READ_RATE", "300/minute")
+        self.trusted_proxies = read_number(environment, "BEACON_TRUSTED_PROXIES", 0, 0, 100)
+        self.statement_timeout = read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s")
+        # With force a stop waits twice, and then works.
         lock_timeout = read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s")
-        return cls(
-            admin_token=read_token(environment.get("ADMIN_TOKEN", "")),
-            database_url=read_url(environment, "DATABASE_URL"),
-            read_database_url=read_url(environment, "BEACON_READ_DATABASE_URL", environment.get("DATABASE_URL", "")),
-            admin_rate=read_rate(environment, "BEACON_ADMIN_RATE", "600/minute"),
-            failed_rate=read_rate(environment, "BEACON_FAILED_RATE", "10/minute"),
-            read_rate=read_rate(environment, "BEACON_READ_RATE", "300/minute"),
-            trusted_proxies=read_number(environment, "BEACON_TRUSTED_PROXIES", 0, 0, 100),
-            lock_timeout=min(lock_timeout, 0.4 * statement_timeout),  # with force a stop waits twice, and then works
-            statement_timeout=statement_timeout,
-            admin_pool=read_number(environment, "BEACON_ADMIN_POOL", 4, 1, 1_000),
-            read_pool=read_number(environment, "BEACON_READ_POOL", 4, 1, 1_000),
-        )
+        self.lock_timeout = min(lock_timeout, 0.4 * self.statement_timeout)
+        self.admin_pool = read_number(environment, "BEACON_ADMIN_POOL", 4, 1, 1_000)
+        self.read_pool = read_number(environment, "BEACON_READ_POOL", 4, 1, 1_000)
 
 
 def read_token(text: str) -> bytes:
@@ -189,21 +163,20 @@ def read_token(text: str) -> bytes:
         problem = "too short: expected" if text else "not set: expected a secret of"
         raise ConfigurationError(f"ADMIN_TOKEN is {problem} at least 16 characters")
     if text != text.strip() or re.search(r"[\x00-\x1f\x7f]", text):
-        expected = "expected no control characters and no white space around it"
-        raise ConfigurationError(f"ADMIN_TOKEN cannot be sent in a header: {expected}")
+        raise ConfigurationError("ADMIN_TOKEN cannot be sent in a header: expected no control or outer white space")
     return text.encode("utf-8", "surrogateescape")
 
 
 def read_url(environment: Mapping[str, str], name: str, default: str = "") -> str:
     text = environment.get(name) or default
-    expected = "expected a libpq URL such as postgresql://user@host/database"
+    expected = "expected a libpq URL such as postgresql://user@host:5432/database"
     if not text:
         raise ConfigurationError(f"{name} is not set: {expected}")
     try:
         text.encode()
         parameters = conninfo_to_dict(text)
-        ports = [int(port) for port in str(parameters.get("port") or 5432).split(",") if port]
         int(parameters.get("connect_timeout") or 0)
+        ports = [int(port) for port in str(parameters.get("port") or 5432).split(",") if port]
     except (psycopg.Error, ValueError):  # their texts may quote the password
         raise ConfigurationError(f"{name} cannot be read: {expected}") from None
     if not all(0 < port <= 65_535 for port in ports):
@@ -236,13 +209,13 @@ def read_duration(environment: Mapping[str, str], name: str, default: str) -> fl
     return seconds
 
 
-# --- Requests and answers ---------------------------------------------------------------------------------------------
+# --- Answers and refusals ---------------------------------------------------------------------------------------------
 
 
 class Response(NamedTuple):
     """What goes back: a whole body, or the parts of a streamed one."""
 
-    status: HTTPStatus
+    status: int
     body: bytes | Iterator[bytes]
     headers: Mapping[str, str] = {}
 
@@ -252,7 +225,7 @@ class HTTPError(Exception):
 
     def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None, **details: Any) -> None:
         super().__init__(error)
-        self.status, self.error, self.headers, self.details = HTTPStatus(status), error, headers or {}, details
+        self.status, self.error, self.headers, self.details = status, error, headers or {}, details
 
     def response(self) -> Response:
         body = json.dumps({"error": self.error, **self.details}).encode() + b"\n"
@@ -264,239 +237,14 @@ def bad(error: str) -> HTTPError:
 
 
 def unavailable(error: str, **details: Any) -> HTTPError:
-    return HTTPError(503, error, RETRY_AFTER, **details)
-
-
-class Request:
-    """One call as the application sees it, read from the WSGI environ part by part as it is needed."""
-
-    def __init__(self, environ: dict[str, Any]) -> None:
-        self.environ = environ
-        self.started = time.monotonic()
-        self.method: str = environ["REQUEST_METHOD"]
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
-        self.event = ""  # of an admin call, for the log
-        self.client = ""
-        self.is_admin = False  # whether the token was the right one
-        self.has_values = False  # whether PostgreSQL checks values of the caller's
-        self.noted: dict[str, Any] = dict.fromkeys(
-            ("actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
-        )
-
-    def read_client(self, trusted_proxies: int) -> str:
-        """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
-        address = self.environ.get("REMOTE_ADDR") or ""
-        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
-        if hops and len(hops) >= trusted_proxies:
-            address = read_address(hops[-trusted_proxies].strip()) or address
-        return read_address(address) or address
-
-    def read_path(self) -> str:
-        """The path below the mount point, percent-decoded, each byte as a character.
-
-        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job: where
-        that is all that tells it from what was sent, and the server says what was sent, that is what counts. Not where
-        the first part differs: a rule of the server's for /admin must hold.
-        """
-        path: str = self.environ.get("PATH_INFO", "")
-        target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = unquote_to_bytes(re.sub("(?is)[?].*|^https?://[^/?]*", "", target).encode("latin-1", "replace"))
-        sent_path = sent.decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
-        if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
-            return path
-        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
-        return sent_path if tidy == sent_tidy else path
-
-    def read_query(self, *names: str) -> dict[str, str]:
-        """Those of the named parameters that the query has; others are ignored."""
-        # Bytes that were not percent-encoded arrive as Latin-1 characters.
-        text = re.sub(r"[\x80-\xff]", lambda match: f"%{ord(match[0]):02X}", self.environ.get("QUERY_STRING", ""))
-        try:
-            query = parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=100)
-        except ValueError:
-            raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
-        for name in names:
-            if len(query.get(name, ())) > 1:
-                raise bad(f"{name} is given {len(query[name])} times: expected once")
-        return {name: query[name][0] for name in names if name in query}
-
-    def read_number(self, name: str, default: int, high: int) -> int:
-        text = self.read_query(name).get(name, str(default))
-        if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
-            raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
-        return int(text)
-
-    def read_body(self, *known: str, limit: int = MAX_BODY) -> dict[str, Any]:
-        """The JSON object in the body, {} where there is none; raises HTTPError 400 for a key that is not known."""
-        data = self.read_bytes(limit)
-        try:
-            body = BODY_DECODER.decode(data.decode("utf-8")) if data else {}
-        except (ValueError, RecursionError):
-            raise bad("body is not JSON: expected a JSON object or no body") from None
-        if not isinstance(body, dict):
-            raise bad("body is not a JSON object: expected one such as {} or no body")
-        if unknown := sorted(body.keys() - set(known)):
-            raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
-        self.noted["reason"] = checked_text("reason", body.get("reason"), MAX_REASON)
-        self.noted["actor"] = checked_text("actor", body.get("actor"), MAX_ACTOR)
-        for name in ("force", "dry_run"):
-            if not isinstance(body.setdefault(name, False), (bool, type(None))):
-                raise bad(f"{name} cannot be used: expected true or false")
-        return body
-
-    def read_bytes(self, limit: int) -> bytes:
-        """The body, of bounded size, however its length is told."""
-        length = self.environ.get("CONTENT_LENGTH") or "0"
-        if not re.fullmatch(r"[0-9]{1,20}", length):
-            raise bad("Content-Length cannot be read: expected a whole number")
-        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
-        if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
-            raise HTTPError(411, "body has no length: expected a Content-Length")
-        data, left = b"", limit + 1 if is_terminated else int(length)
-        while int(length) <= limit and left and (part := self.environ["wsgi.input"].read(left)):
-            data, left = data + part, left - len(part)
-        if max(len(data), int(length)) > limit:
-            raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
-        if len(data) < int(length):
-            raise bad("body is shorter than its Content-Length")
-        return data
-
-    def caller(self) -> str:
-        """Who calls, as JSON for the record of a stop."""
-        return json.dumps({"actor": self.noted["actor"], "client": self.client, "request_id": self.request_id})
-
-
-def read_address(text: str) -> str | None:
-    """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
-    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text[:100])
-    try:
-        address = ipaddress.ip_address((match[1] or match[2]) if match else text[:100])
-    except ValueError:
-        return None
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)
-
-
-def read_id(text: str) -> str:
-    """A job's id from the path, where WSGI has it percent-decoded, each byte as a character."""
-    try:
-        return checked_id(text.encode("latin-1").decode("utf-8"))
-    except UnicodeError:
-        raise bad("job id is not UTF-8: expected percent-encoded UTF-8") from None
-
-
-def checked_id(text: str) -> str:
-    if not 1 <= len(text) <= MAX_ID or re.search("[\0\ud800-\udfff]", text):
-        raise bad(f"job id cannot be used: expected 1 to {MAX_ID} characters, none of them NUL")
-    return text
-
-
-def checked_ids(ids: Any) -> list[str]:
-    is_list = isinstance(ids, list) and all(isinstance(each, str) for each in ids)
-    if not is_list or not 1 <= len(ids) <= MAX_IDS or len(set(ids)) < len(ids):
-        raise bad(f"job_ids cannot be used: expected a list of 1 to {MAX_IDS} ids, each of them once")
-    return [checked_id(each) for each in ids]
-
-
-def checked_text(name: str, value: Any, high: int) -> str | None:
-    if value is not None and (not isinstance(value, str) or len(value) > high or re.search("[\0\ud800-\udfff]", value)):
-        raise bad(f"{name} cannot be used: expected text of at most {high} characters, none of them NUL")
-    return value
-
-
-def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Begin the answer with the headers that every answer has, and return its body for the server to send."""
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Request-ID": request.request_id}
-    if isinstance(response.body, bytes):
-        headers["Content-Length"] = str(len(response.body))
-    start_response(f"{response.status.value} {response.status.phrase}", [*{**headers, **response.headers}.items()])
-    if request.method == "HEAD":
-        return []
-    return [response.body] if isinstance(response.body, bytes) else response.body
-
-
-def answer_of(text: str) -> Response:
-    """The answer of a function of the database as it is; its `error` tells the status.
-
-    Nothing else is parsed: metadata may hold numbers and depths that Python does not take.
-    """
-    error = json.loads(text)["error"] if text.startswith('{"error"') else None
-    status = {None: HTTPStatus.OK, "job not found": HTTPStatus.NOT_FOUND}.get(error, HTTPStatus.CONFLICT)
-    return Response(status, text.encode() + b"\n")
-
-
-# --- Errors -----------------------------------------------------------------------------------------------------------
-
-
-def explain(error: Exception, request: Request) -> HTTPError:
-    """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
-    if isinstance(error, HTTPError):
-        return error
-    if isinstance(error, ConfigurationError):
-        log_event("configuration_error", request_id=request.request_id, error=str(error))
-        return unavailable("service is not configured")
-    told: dict[str, Any] = {}
-    if isinstance(error, psycopg.Error):
-        if is_lost(error):
-            return unavailable("database unavailable")
-        if isinstance(error, errors.QueryCanceled):
-            return unavailable("statement timeout: the database took too long")
-        if isinstance(error, errors.ReadOnlySqlTransaction):
-            return unavailable("database is read-only")
-        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)):
-            return bad("a value cannot be used: the database cannot hold it")
-        if isinstance(error, errors.InvalidParameterValue) and request.has_values:
-            return bad(error.diag.message_primary or "a value cannot be used")
-        if isinstance(error, errors.LockNotAvailable) and (held := read_holders(error)):
-            return unavailable(
-                "job is locked",
-                job_id=request.noted["job_id"],
-                **held,
-                hint=hint(held, request.event, request.has_values),
-            )
-        if request.is_admin:
-            told = {"message": error.diag.message_primary or str(error), "sqlstate": error.sqlstate}
-        if isinstance(error, errors.LockNotAvailable) and request.event != "emergency_stop":
-            return unavailable("tables are locked", **told)
-        if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
-            return unavailable("database is not ready for this version: see /health/ready", **told)
-    log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
-    return HTTPError(500, "internal error", request_id=request.request_id, **told)
-
-
-def is_lost(error: psycopg.Error) -> bool:
-    """Whether the error means that a connection was lost or refused: ours, or PL/Proxy's to a shard."""
-    if isinstance(error, errors.InternalError_):
-        return (error.diag.source_function or "").startswith("plproxy")
-    is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
-    return isinstance(error, psycopg.OperationalError) and (is_fatal or str(error.sqlstate).startswith(("08", "57P")))
-
-
-def read_holders(error: psycopg.Error) -> dict[str, Any] | None:
-    """Who holds a locked job, from the error's DETAIL: a list, or an object that has it; None for any other error."""
-    try:
-        detail = json.loads(error.diag.message_detail or "")
-    except ValueError:
-        return None
-    held = detail if isinstance(detail, dict) else {"blocked_by": detail}
-    return held if isinstance(held.get("blocked_by"), list) else None
-
-
-def hint(held: Mapping[str, Any], event: str, dry_run: bool) -> str:
-    if event != "emergency_stop" or dry_run:
-        return "Nothing was changed. Try again when the sessions in blocked_by have ended their transactions."
-    if held.get("not_ended"):
-        return "No session was ended, because the database role may not end those in not_ended: see sql/README.md."
-    return 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
+    return HTTPError(503, error, {"Retry-After": "2"}, **details)
 
 
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
 class LogHandler(QueueHandler):
-    """Gives each record to a thread of this process, for which nobody waits: what finds its queue full is counted."""
+    """Leaves each line to a thread of this process and waits for nobody: what finds the queue full is only counted."""
 
     def __init__(self) -> None:
         super().__init__(Queue(LOG_LINES))
@@ -506,25 +254,34 @@ class LogHandler(QueueHandler):
     def forget(self) -> None:
         self.queue: Queue[Any] = Queue(LOG_LINES)
         self.dropped, self.is_started = 0, False
-        self.seen: dict[str, float] = {}  # what libraries have logged, and when
+        self.said: dict[str, float] = {}  # what libraries have logged, and when
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let a text of a library, such as the pools' trouble with the database, pass once a minute."""
-        message, now = record.getMessage(), time.monotonic()
-        if hasattr(record, "fields") or now - self.seen.get(message, -math.inf) < 60:
-            return hasattr(record, "fields")
-        self.seen = {text: when for text, when in self.seen.items() if now - when < 60} | {message: now}
-        return True
+        now, text = time.monotonic(), record.getMessage()
+        self.said = {each: at for each, at in self.said.items() if now - at < 60}
+        return hasattr(record, "fields") or self.said.setdefault(text, now) == now
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # a copy is for another process
+    def prepare(self, record: logging.LogRecord) -> str:
+        """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
+        at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
+        if hasattr(record, "fields"):
+            line = {"time": at, "event": record.msg, **record.fields}
+        else:
+            said = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()}
+            line = {"time": at, "event": "log", **said}
+        for name, value in line.items():
+            if isinstance(value, str):
+                line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
+        return json.dumps(line | ({"lines_dropped": self.dropped} if self.dropped else {})) + "\n"
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def enqueue(self, line: Any) -> None:
         if not self.is_started:  # not with the import, and anew after a fork
             self.is_started = True
             LogWriter(self.queue).start()
         try:
-            self.queue.put_nowait(record)
+            self.queue.put_nowait(line)
+            self.dropped = 0
         except Full:
             self.dropped += 1
 
@@ -536,15 +293,9 @@ class LogHandler(QueueHandler):
 
 
 class LogWriter(QueueListener):
-    """Writes each record to stderr as a line of JSON. No Handler: the end of the process would wait for its lock."""
+    """Writes the lines to stderr. No Handler: the end of the process would wait for its lock."""
 
-    def handle(self, record: logging.LogRecord) -> None:
-        stamp = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
-        library = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()[:2_000]}
-        fields = getattr(record, "fields", library)
-        event = "log" if fields is library else record.getMessage()
-        dropped, LOG_HANDLER.dropped = {"lines_dropped": LOG_HANDLER.dropped} if LOG_HANDLER.dropped else {}, 0
-        line = json.dumps({"time": stamp.replace("+00:00", "Z"), "event": event, **fields, **dropped}) + "\n"
+    def handle(self, line: Any) -> None:
         with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
             try:
                 descriptor, data = sys.stderr.fileno(), line.encode()
@@ -565,10 +316,6 @@ LOGGER.propagate = False
 
 
 def log_event(event: str, **fields: Any) -> None:
-    """Log one JSON object of bounded length: of a traceback the end is kept, of other text the beginning."""
-    for name, value in fields.items():
-        if isinstance(value, str):
-            fields[name] = value[-8_000:] if name == "traceback" else value[:1_000]
     LOGGER.info(event, extra={"fields": fields})
 
 
@@ -576,27 +323,25 @@ def log_event(event: str, **fields: Any) -> None:
 
 
 class RateLimiter:
-    """A token bucket for each client, in bounded memory: of more than `max_clients` the longest unseen are forgotten.
-
-    A bucket is kept as the moment at which it will be full again.
-    """
+    """A token bucket for each client, of `max_clients` at most: then the longest unseen is forgotten."""
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_clients: int = 10_000) -> None:
         self.rate, self.clock, self.max_clients = rate, clock, max_clients
-        self._full_at: dict[str, float] = {}
+        self._full_at: dict[str, float] = {}  # when each bucket will be full again
         self._lock = threading.Lock()
 
     def take(self, client: str) -> None:
         """Take one call from the client's bucket; raises HTTPError 429 if it is empty, and then takes nothing."""
+        refill = self.rate.seconds / self.rate.calls
         with self._lock:
             now = self.clock()
             full_at = max(self._full_at.pop(client, now), now)
-            wait = full_at + self.rate.seconds / self.rate.calls - now - self.rate.seconds
-            allowed = wait <= 1e-6  # what adding up the parts of a rate may be off by
-            self._full_at[client] = full_at + self.rate.seconds / self.rate.calls if allowed else full_at
+            wait = full_at + refill - now - self.rate.seconds
+            is_allowed = wait <= 1e-6  # what adding up the parts of a rate may be off by
+            self._full_at[client] = full_at + refill if is_allowed else full_at
             if len(self._full_at) > self.max_clients:
                 del self._full_at[next(iter(self._full_at))]
-        if not allowed:
+        if not is_allowed:
             seconds = max(1, math.ceil(wait))
             raise HTTPError(429, "too many requests", {"Retry-After": str(seconds)}, retry_after=seconds)
 
@@ -607,13 +352,13 @@ class RateLimiter:
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed, with OperationalError, when the server is silent for longer than `patience` seconds.
 
-    Its own timeouts bound neither a server that hangs nor a commit that waits for a standby. Close the connection
-    instead of cancelling: PostgreSQL reports a cancelled wait for a standby as success.
+    Its own timeouts end no commit that waits for a standby, and to cancel that would report it as success.
     """
 
     patience = SILENCE
     was_silent = False
-    only_cursor: psycopg.Cursor[Any]  # making one for each call costs a third of what the call costs here
+    settings = ""  # that go before each statement
+    only_cursor: psycopg.Cursor[Any]  # making one for each statement costs a third of what the statement costs here
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
         return super().wait(self._bounded(gen), *arguments, **options)
@@ -632,131 +377,108 @@ class BoundedConnection(psycopg.Connection[Any]):
         except StopIteration as end:
             return end.value
 
+    def fetch(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        cursor = self.only_cursor.execute(self.settings + query, values)
+        while cursor.nextset():
+            pass
+        return cursor.fetchall()
 
-class Database:
-    """The admin's pool of autocommit connections, which are kept open and no reader uses, and the readers' pool.
 
-    Two single connections go where the admin's go: `group` for stops that share a transaction, `health` for readiness.
-    Behind a pooler, where each transaction may meet another session, no session is set up and nothing is prepared.
-    """
+class Pool(ConnectionPool[BoundedConnection]):
+    """Autocommit connections for one purpose. All of them are kept open, unless `min_size` says how many are."""
 
-    def __init__(self, settings: Settings) -> None:
+    is_away = False  # whether the last attempt to connect has failed
+    is_pooled = False  # whether the last connection was to a pooler, where each transaction may meet another session
+
+    def __init__(self, settings: Settings, name: str, url: str, max_size: int, min_size: int | None = None) -> None:
         self.settings = settings
-        self.away = set[str]()  # the pools whose last attempt to connect has failed
-        self.pooled = set[str]()  # those whose last connection was to a pooler
-        self.has_group_function = False
-        self.admin = self._pool("admin", settings.database_url, settings.admin_pool, settings.admin_pool)
-        self.group = self._pool("group", settings.database_url, 1, 1)
-        self.health = self._pool("health", settings.database_url, 1, 1)
-        self.read = self._pool("read", settings.read_database_url, 1, settings.read_pool)
-
-    def _pool(self, name: str, url: str, min_size: int, max_size: int) -> ConnectionPool[BoundedConnection]:
         # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
-        defaults = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
-                    "tcp_user_timeout": 15_000, "application_name": f"beacon-stop {name}"}  # fmt: skip
-        given = conninfo_to_dict(url)
-        kwargs = {key: value for key, value in defaults.items() if key not in given}
-        return ConnectionPool(
-            url,
+        options: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 15_000}
+        options |= {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+        super().__init__(
+            make_conninfo(**{"application_name": f"beacon-stop {name}", **options, **conninfo_to_dict(url)}),
             connection_class=BoundedConnection,
-            kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"} | kwargs,
-            min_size=min_size,
+            kwargs={"autocommit": True, "prepare_threshold": 0, "client_encoding": "UTF8"},
+            min_size=min_size or max_size,
             max_size=max_size,
             name=name,
-            configure=lambda connection: self._configure(name, connection),
+            configure=self.set_up,
             timeout=POOL_TIMEOUT,
             max_lifetime=math.inf,  # the pool would give a connection up before it has another
             reconnect_timeout=1.0,  # then anew, at once: no growing delays when it comes back
-            reconnect_failed=self._try_anew,
-            num_workers=2,
+            reconnect_failed=lambda _: self.try_anew(),
             open=True,
         )
 
-    def _try_anew(self, pool: ConnectionPool[Any]) -> None:
-        self.away.add(pool.name)
-        # Reconnect if callers are waiting, and where nobody asks before the connection is there.
-        if pool.get_stats()["requests_waiting"] or (pool.name == "group" and not pool.closed):
-            pool.check()
+    def try_anew(self) -> None:
+        self.is_away = True
+        if self.get_stats()["requests_waiting"]:
+            self.check()  # which reconnects
 
-    def _configure(self, name: str, connection: BoundedConnection) -> None:
-        self.away.discard(name)
-        self.pooled.discard(name)
+    def set_up(self, connection: BoundedConnection) -> None:
         connection.add_notice_handler(log_warning)
         (pid,) = cast(tuple[int], connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone())
-        if pid != connection.info.backend_pid:  # poolers make one up
-            self.pooled.add(name)
+        self.is_away, self.is_pooled = False, pid != connection.info.backend_pid  # poolers make one up
+        scope, isolation = ("LOCAL", "") if self.is_pooled else ("SESSION", "SESSION CHARACTERISTICS AS ")
+        timeout = min(self.settings.statement_timeout, GROUP_TIMEOUT if self.name == "group" else math.inf)
+        settings = (
+            f"SET {isolation}TRANSACTION ISOLATION LEVEL READ COMMITTED;"
+            f" SET {scope} lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
+            f" SET {scope} statement_timeout = {timeout * 1000:.0f};"
+        )
+        if self.is_pooled:  # what is sent in one message is one transaction, and leaves nothing behind in the session
+            connection.settings = settings
             connection.prepare_threshold, connection.cursor_factory = None, psycopg.ClientCursor
         else:
-            timeout = min(GROUP_TIMEOUT if name == "group" else math.inf, self.settings.statement_timeout)
-            connection.execute(
-                "SELECT set_config('lock_timeout', %s, false), set_config('statement_timeout', %s, false),"
-                " set_config('default_transaction_isolation', 'read committed', false)",
-                (f"{self.settings.lock_timeout * 1000:.0f}", f"{timeout * 1000:.0f}"),
-            )
-        if name == "group":
-            self.has_group_function = connection.execute(CAN_GROUP).fetchone() == (True,)
+            connection.execute(settings, prepare=False)
         connection.only_cursor = connection.cursor()
 
-    @property
-    def can_group(self) -> bool:
-        """Whether stops can share a transaction."""
-        return self.has_group_function and "group" not in self.away | self.pooled
+    def ask(self, query: str, *values: Any) -> str:
+        """The one JSON value that a function of the database returns, as text."""
+        answer: str = self.fetch(query, *values)[0][0]
+        return answer
 
-    def call(
-        self, pool: ConnectionPool[BoundedConnection], query: str, *parameters: Any, timeout: float | None = None
-    ) -> list[tuple[Any, ...]]:
+    def fetch(self, query: str, *values: Any, timeout: float | None = None) -> list[tuple[Any, ...]]:
         """Run one statement, a transaction of its own, and return its rows once it is committed.
 
         A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
         Raises psycopg.Error, and HTTPError 503 where no connection is to be had.
         """
-        for last_try in (False, True):
+        for is_last in (False, True):
             try:
-                connection = pool.getconn(AWAY_TIMEOUT if pool.name in self.away else timeout)
+                connection = self.getconn(AWAY_TIMEOUT if self.is_away else timeout)
             except PoolTimeout:
-                away = pool.name in self.away
-                raise unavailable("database unavailable" if away else "all database connections are busy") from None
+                problem = "database unavailable" if self.is_away else "all database connections are busy"
+                raise unavailable(problem) from None
             try:
                 connection.patience = self.settings.statement_timeout + SILENCE
                 try:
-                    return self._run(connection, query, parameters)
+                    return connection.fetch(query, values)
                 except psycopg.Error as error:
-                    if connection.closed or not is_lost(error) or error.diag.severity_nonlocalized == "FATAL":
+                    if connection.closed or not is_lost(error):
                         raise
-                    return self._run(connection, query, parameters)  # PL/Proxy has lost a shard's session
+                    return connection.fetch(query, values)  # PL/Proxy has lost a shard's session
             except psycopg.Error as error:
-                # A server that ends, or that has become a standby: the next connection may find another one.
-                if error.diag.severity_nonlocalized == "FATAL" or isinstance(error, errors.ReadOnlySqlTransaction):
-                    connection.close()
-                if last_try or not connection.closed:
+                if isinstance(error, errors.ReadOnlySqlTransaction):
+                    connection.close()  # it has become a standby: the next connection may find another server
+                if is_last or not connection.closed:
                     raise
             finally:
                 connection.patience = SILENCE
-                pool.putconn(connection)
-            if connection.was_silent:  # those beside it would be found silent one after the other
-                for each in (self.read,) if pool is self.read else (self.admin, self.group, self.health):
-                    each.drain()
-            elif connection.closed:
-                pool.check()  # what ended this connection has most likely ended the idle ones beside it
+                self.putconn(connection)
+            if connection.was_silent:
+                self.drain()  # those beside it would be found silent one after the other
+            else:
+                self.check()  # what ended this connection has most likely ended the idle ones beside it
         raise AssertionError("unreachable")
 
-    def _run(self, connection: BoundedConnection, query: str, parameters: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        if connection.cursor_factory is not psycopg.ClientCursor:
-            return connection.only_cursor.execute(query, parameters).fetchall()
-        # What is sent in one message is one transaction, and leaves nothing behind in the session that it meets.
-        cursor = connection.only_cursor.execute(
-            "SET TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-            f" SET LOCAL lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
-            f" SET LOCAL statement_timeout = {self.settings.statement_timeout * 1000:.0f}; {query}",
-            parameters,
-        )
-        while cursor.nextset():
-            pass
-        return cursor.fetchall()
 
-    def close(self) -> None:
-        for pool in (self.admin, self.group, self.health, self.read):
-            pool.close()
+def is_lost(error: psycopg.Error) -> bool:
+    """Whether the error means that a connection was lost or refused: ours, or PL/Proxy's to a shard."""
+    if isinstance(error, errors.InternalError_):
+        return (error.diag.source_function or "").startswith("plproxy")
+    is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
+    return isinstance(error, psycopg.OperationalError) and (is_fatal or str(error.sqlstate).startswith(("08", "57P")))
 
 
 def log_warning(diagnostic: errors.Diagnostic) -> None:
@@ -764,64 +486,66 @@ def log_warning(diagnostic: errors.Diagnostic) -> None:
         log_event("database_warning", message=diagnostic.message_primary, detail=diagnostic.message_detail)
 
 
-class Member(NamedTuple):
-    """A stop that waits to be taken into a group; its answer is None if it has to go by itself."""
-
+class GroupMember(NamedTuple):
     job_id: str
     reason: str | None
     caller: str
-    answer: Future[str | None]
+    answer: futures.Future[str | None]
 
 
 class GroupedStops:
     """Lets stops that are asked for at the same time share a transaction: one round trip, one `NOTIFY`, one flush.
 
-    While the one thread has a group in the database, others gather in the queue. A stop whose job is locked goes by
-    itself, as does one with another reason than the first of its group, or all if the group fails.
+    While the thread has a group in the database, others gather in the queue. A stop goes by itself if its job is
+    locked, if it has another reason than the first of its group, and if the group fails.
     """
 
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self.paused_until = 0.0
-        self.queue: SimpleQueue[Member | None] = SimpleQueue()
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.can_group = pool, False
+        self.queue: SimpleQueue[GroupMember | None] = SimpleQueue()  # None ends the thread
         threading.Thread(target=self.run, name="beacon-stop group", daemon=True).start()
 
     def stop(self, job_id: str, reason: str | None, caller: str) -> str | None:
         """emergency_stop_job's answer once it is committed, or None: nothing was done, and the stop goes by itself."""
-        if not self.database.can_group or time.monotonic() < self.paused_until:
+        if not self.can_group:
             return None
-        member = Member(job_id, reason, caller, Future())
+        member = GroupMember(job_id, reason, caller, futures.Future())
         self.queue.put(member)
         try:
             return member.answer.result(GROUP_TIMEOUT)
-        except FutureTimeout:  # the group before takes its time: whoever is not in a group yet goes by itself
+        except futures.TimeoutError:  # the group before takes its time: who is not in a group yet goes by itself
             return None if member.answer.cancel() else member.answer.result()
 
     def run(self) -> None:
-        while member := self.queue.get():
-            members = [member]
-            with suppress(Empty):
-                while len(members) < GROUP_SIZE and (member := self.queue.get_nowait()):
-                    members.append(member)
-            members = [each for each in members if each.answer.set_running_or_notify_cancel()]
-            # In an order that all processes agree on, so that groups do not lock each other out.
-            group = sorted((each for each in members if each.reason == members[0].reason), key=lambda each: each.job_id)
-            answers = self.ask(group) if group else {}
+        """Stop group after group. After a failure each stop goes by itself for GROUP_PAUSE."""
+        while not self.pool.closed:
+            try:
+                is_allowed = self.pool.fetch(CAN_GROUP) == [(True,)]
+                self.can_group = is_allowed and not self.pool.is_pooled
+                while self.can_group and (first := self.queue.get()):
+                    self.stop_group(first)
+                return
+            except Exception as error:  # whatever it is, those whom it concerns will meet it by themselves
+                if self.can_group:
+                    log_event("group_failed", error=str(error))
+                self.can_group = False
+                time.sleep(GROUP_PAUSE)
+
+    def stop_group(self, first: GroupMember) -> None:
+        others = [self.queue.get() for _ in range(min(self.queue.qsize(), GROUP_SIZE - 1))]
+        members = [each for each in (first, *others) if each and each.answer.set_running_or_notify_cancel()]
+        group, answers = [each for each in members if each.reason == first.reason], dict[str, str]()
+        try:
+            callers = ", ".join(each.caller for each in group)
+            values = ([each.job_id for each in group], first.reason, f"[{callers}]", False, SHORT_WAIT)
+            for job_id, summary in self.pool.fetch(STOP_JOBS, *values, timeout=0.1) if group else ():
+                if json.loads(summary).get("error") != "job is locked":
+                    answers[job_id] = summary
+        finally:
             for each in members:
                 each.answer.set_result(answers.get(each.job_id))
-            if member is None:
-                return
-
-    def ask(self, group: list[Member]) -> dict[str, str]:
-        ids, callers = [each.job_id for each in group], ", ".join(each.caller for each in group)
-        try:
-            parameters = (ids, group[0].reason, f"[{callers}]", False, SHORT_WAIT)
-            rows = self.database.call(self.database.group, STOP_JOBS, *parameters, timeout=0.1)
-        except Exception as error:  # whatever it is, those whom it concerns will meet it by themselves
-            self.paused_until = time.monotonic() + GROUP_PAUSE
-            log_event("group_failed", error=str(error))
-            return {}
-        return {job_id: summary for job_id, summary in rows if json.loads(summary).get("error") != "job is locked"}
+            if None in others:
+                self.queue.put(None)
 
 
 # --- The application --------------------------------------------------------------------------------------------------
@@ -831,9 +555,6 @@ class Application:
     """The WSGI callable. Reads its settings and connects with the first call in each process, so that it can be
     loaded before a server forks: nothing of the service crosses a fork."""
 
-    settings: Settings
-    database: Database
-
     def __init__(self, load_settings: Callable[[], Settings]) -> None:
         self._load_settings = load_settings
         self._forget()
@@ -841,21 +562,23 @@ class Application:
         atexit.register(self.close)  # else the pools would wait for threads that have ended
 
     def _forget(self) -> None:
-        self._lock = threading.Lock()  # for what follows
+        self._lock = threading.Lock()  # for opening and closing
         self._is_open = False
-        self._stops: dict[tuple[str, bool], Future[None]] = {}  # at work, by job and force
+        self._stops: dict[tuple[str, bool], futures.Future[None]] = {}  # at work, by job and force
         self._batch = threading.Lock()  # one at a time: the other connections are for stops
 
     def open(self) -> None:
         """Read the settings and connect, if this process has not yet; raises ConfigurationError."""
         with self._lock:
             if not self._is_open:
-                self.settings = self._load_settings()
-                self.admin_calls = RateLimiter(self.settings.admin_rate)
-                self.failed_calls = RateLimiter(self.settings.failed_rate)
-                self.reads = RateLimiter(self.settings.read_rate)
-                self.database = Database(self.settings)
-                self.group = GroupedStops(self.database)
+                self.settings = settings = self._load_settings()
+                self.admin_calls = RateLimiter(settings.admin_rate)
+                self.failed_calls = RateLimiter(settings.failed_rate)
+                self.reads = RateLimiter(settings.read_rate)
+                self.admin_pool = Pool(settings, "admin", settings.database_url, settings.admin_pool)
+                self.health_pool = Pool(settings, "health", settings.database_url, 1)
+                self.read_pool = Pool(settings, "read", settings.read_database_url, settings.read_pool, min_size=1)
+                self.group = GroupedStops(Pool(settings, "group", settings.database_url, 1))
                 self._is_open = True
 
     def close(self) -> None:
@@ -864,122 +587,117 @@ class Application:
             if self._is_open:
                 self._is_open = False
                 self.group.queue.put(None)
-                self.database.close()
+                for pool in (self.admin_pool, self.health_pool, self.read_pool, self.group.pool):
+                    pool.close()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
         try:
-            response = self.answer(request)
+            response = self.dispatch(request)
         except Exception as error:
             refusal = explain(error, request)
             request.noted["outcome"] = refusal.error
             response = refusal.response()
         if request.event:
             duration = round((time.monotonic() - request.started) * 1000, 3)
-            about = {"request_id": request.request_id, "client": request.client, **request.noted}
-            log_event(request.event, **about, duration_ms=duration, status=int(response.status))
+            log_event(request.event, **request.noted, duration_ms=duration, status=response.status)
         return respond(request, response, start_response)
 
-    def answer(self, request: Request) -> Response:
+    def dispatch(self, request: Request) -> Response:
         """Find the route, check the token, take from the rate limit, and let the route's method answer."""
         path = request.read_path()
-        request.event = "refused" if path.startswith("/admin/") else ""  # until its route is found
-        name, limit, arguments = find_route(request.method, path)
+        is_admin = path.startswith("/admin/")
+        request.event = "refused" if is_admin else ""  # until its route is found
+        name, ids = find_route(request.method, path)
         self.open()
-        request.client = request.read_client(self.settings.trusted_proxies)
-        if limit == "admin":
+        client = request.noted["client"] = request.read_client(self.settings.trusted_proxies)
+        if is_admin:
             request.event = name
-            if arguments:  # for the log, whatever comes of it
-                request.noted["job_id"] = arguments[0].encode("latin-1").decode("utf-8", "replace")[:MAX_ID]
-            self.admit(request)
-        elif limit == "reader":
-            self.reads.take(request.client)
-        response: Response = getattr(self, name)(request, *map(read_id, arguments))
-        return response
+            if ids:  # for the log, whatever comes of it
+                request.noted["job_id"] = ids[0][:MAX_ID].encode("utf-8", "replace").decode()
+            token = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
+            request.has_token = hmac.compare_digest(token, self.settings.admin_token)
+            # The limit comes after the token: strangers cannot use up the operators' share.
+            (self.admin_calls if request.has_token else self.failed_calls).take(client)
+            if not request.has_token:
+                raise HTTPError(403, "forbidden")
+        elif path.startswith("/api/"):
+            self.reads.take(client)
+        answer = getattr(self, name)(request, *map(checked_text, ids))
+        if isinstance(answer, chain):
+            return Response(200, answer)
+        # PostgreSQL's JSON goes out as it is. A reader's is not parsed: metadata may hold what Python does not take.
+        summary = json.loads(answer) if is_admin or answer.startswith('{"error"') else {}
+        if is_admin:
+            request.noted["outcome"] = outcome_of(summary)
+            for key in ("executions_stopped", "sessions_ended"):
+                request.noted[key] = request.noted[key] or summary.get(key, 0)
+        status = {None: 200, "job not found": 404}.get(summary.get("error"), 409)
+        return Response(status, answer.encode() + b"\n")
 
-    def admit(self, request: Request) -> None:
-        given = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
-        if not hmac.compare_digest(given, self.settings.admin_token):
-            self.failed_calls.take(request.client)
-            raise HTTPError(403, "forbidden")
-        request.is_admin = True
-        self.admin_calls.take(request.client)  # after the token: strangers cannot use up the operators' share
+    # A route's method returns JSON text, the answer of a function of the database once its work is committed.
 
-    def ask(self, query: str, *parameters: Any) -> str:
-        """The one JSON value that a function of the database returns, as text."""
-        answer: str = self.database.call(self.database.admin, query, *parameters)[0][0]
-        return answer
-
-    def emergency_stop(self, request: Request, job_id: str) -> Response:
-        """POST /admin/jobs/{id}/emergency-stop: emergency_stop_job's answer as it is, once it is committed."""
+    def emergency_stop(self, request: Request, job_id: str) -> str:
         body = request.read_body("reason", "force", "actor", "dry_run")
-        request.has_values = dry_run = bool(body["dry_run"])
-        answer = self.ask(DRY_RUN, job_id) if dry_run else self.stop(job_id, request, bool(body["force"]))
-        summary = json.loads(answer)
-        request.noted["outcome"] = "dry_run" if summary.get("dry_run") else outcome_of(summary)
-        request.noted["executions_stopped"] = summary.get("executions_stopped", 0)
-        request.noted["sessions_ended"] = summary.get("sessions_ended", 0)
-        return answer_of(answer)
+        if body["dry_run"]:
+            request.has_values = True
+            return self.admin_pool.ask(DRY_RUN, job_id)
+        return self.stop(job_id, bool(body["force"]), body["reason"], request.caller())
 
-    def stop(self, job_id: str, request: Request, force: bool) -> str:
-        """emergency_stop_job's answer. Of those who call for one job at a time only the first one waits for its locks.
+    def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
+        """Of those who call for one job at a time only the first waits for its locks.
 
         The others wait for the first, and fail with it or ask for themselves; with force, for the first with force.
         """
-        reason, caller, mine, failure = request.noted["reason"], request.caller(), Future[None](), None
-        with self._lock:
-            first = self._stops.setdefault((job_id, force), mine)
-            is_alone = len(self._stops) == 1
+        mine: futures.Future[None] = futures.Future()
+        first = self._stops.setdefault((job_id, force), mine)
         if first is not mine:
             first.result()
-            return self.ask(STOP_JOB, job_id, reason, force, caller)
+            return self.admin_pool.ask(STOP_JOB, job_id, reason, force, caller)
         try:
-            answer = None if is_alone or force else self.group.stop(job_id, reason, caller)
-            return answer or self.ask(STOP_JOB, job_id, reason, force, caller)
+            by_itself = force or len(self._stops) == 1
+            answer = None if by_itself else self.group.stop(job_id, reason, caller)
+            return answer or self.admin_pool.ask(STOP_JOB, job_id, reason, force, caller)
         except Exception as error:
-            failure = error
+            mine.set_exception(error)
             raise
         finally:
-            with self._lock:
-                self._stops.pop((job_id, force), None)
-            mine.set_exception(failure) if failure else mine.set_result(None)
+            self._stops.pop((job_id, force), None)
+            if not mine.done():
+                mine.set_result(None)
 
-    def emergency_stop_status(self, request: Request, job_id: str) -> Response:
-        """GET /admin/jobs/{id}/emergency-stop: emergency_stop_status' answer as it is."""
-        return self.tell(request, self.ask(STATUS, job_id))
+    def emergency_stop_status(self, request: Request, job_id: str) -> str:
+        return self.admin_pool.ask(STATUS, job_id)
 
-    def tell(self, request: Request, answer: str, **noted: Any) -> Response:
-        response = answer_of(answer)
-        request.noted |= {"outcome": "completed" if response.status < 300 else json.loads(answer)["error"], **noted}
-        return response
-
-    def release(self, request: Request, job_id: str) -> Response:
-        """POST /admin/jobs/{id}/release: release_job's answer as it is, once it is committed."""
+    def release(self, request: Request, job_id: str) -> str:
         body = request.read_body("reason", "status", "actor")
-        status = checked_text("status", body.get("status"), MAX_STATUS)
-        if missing := [name for name in ("reason", "status") if not body.get(name)]:
-            raise bad(f"{missing[0]} is missing: expected text that is not empty")
+        for name in ("reason", "status"):
+            if not body[name]:
+                raise bad(f"{name} is missing: expected text that is not empty")
+        status = checked_text(body["status"], "status", MAX_STATUS)
         request.has_values = True
-        return self.tell(request, self.ask(RELEASE_JOB, job_id, body["reason"], status, request.caller()))
+        return self.admin_pool.ask(RELEASE_JOB, job_id, body["reason"], status, request.caller())
 
-    def emergency_stop_several(self, request: Request) -> Response:
-        """POST /admin/emergency-stop: each job's own answer, in the order given, and counts of each kind."""
+    def emergency_stop_several(self, request: Request) -> str:
+        """Each job's own answer, in the order given, and counts of each kind."""
         body = request.read_body("job_ids", "reason", "actor", "force", limit=MAX_BODY_OF_SEVERAL)
-        ids = checked_ids(body.get("job_ids"))
-        answers = self.stop_all(ids, request, bool(body["force"]))
+        ids = body["job_ids"]
+        if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_IDS or len({*map(str, ids)}) < len(ids):
+            raise bad(f"job_ids cannot be used: expected a list of 1 to {MAX_IDS} ids, each of them once")
+        ids = [checked_text(each) for each in ids]
+        answers = self.stop_all(ids, request, body["reason"], bool(body["force"]))
         summaries = [json.loads(answers[job_id]) for job_id in ids]
         kinds = [outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries]
         counts = {kind: kinds.count(kind) for kind in ("stopped", "already_terminal", "not_found", "locked")}
-        if "failed" in kinds:  # the database refuses it: a trigger or a constraint of the application's
-            counts["failed"] = kinds.count("failed")
-        sums = {
-            key: sum(summary.get(key, 0) for summary in summaries) for key in ("executions_stopped", "sessions_ended")
-        }
-        text = f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
-        return self.tell(request, text, job_ids=ids, **sums, **counts)
+        if failed := len(ids) - sum(counts.values()):  # the database refuses it: a trigger or a constraint
+            counts["failed"] = failed
+        for key in ("executions_stopped", "sessions_ended"):
+            request.noted[key] = sum(summary.get(key, 0) for summary in summaries)
+        request.noted |= {"job_ids": ids, **counts}
+        return f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
 
-    def stop_all(self, ids: list[str], request: Request, force: bool) -> dict[str, str]:
-        """emergency_stop_jobs' answers by job: for those that are locked asked again, with waits that double.
+    def stop_all(self, ids: list[str], request: Request, reason: str | None, force: bool) -> dict[str, str]:
+        """emergency_stop_jobs' answers by job. It is asked again for those that are locked, with waits that double.
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
         """
@@ -987,129 +705,291 @@ class Application:
         deadline = time.monotonic() + left
         while rest and left > 0:
             left = deadline - time.monotonic()
-            wait_for_each = max(0.001, min(wait, left / len(rest)))
-            parameters = (rest, request.noted["reason"], request.caller(), force and left <= 0, wait_for_each)
-            try:
-                answers |= dict(self.database.call(self.database.admin, STOP_JOBS, *parameters))
-            except psycopg.Error as error:
-                refused = explain(error, request)
-                if refused.status != 500:
-                    raise
-                if len(rest) > 1:  # one that the database refuses must not undo the others: each by itself
-                    return answers | {job_id: self.stop_all([job_id], request, force)[job_id] for job_id in rest}
-                answers[rest[0]] = json.dumps({"error": refused.error, "job_id": rest[0], **refused.details})
+            values = (reason, request.caller(), force and left <= 0, max(0.001, min(wait, left / len(rest))))
+            groups = [rest]
+            while groups:
+                group = groups.pop()
+                try:
+                    answers |= dict(self.admin_pool.fetch(STOP_JOBS, group, *values))
+                except psycopg.Error as error:
+                    refusal = explain(error, request)
+                    if refusal.status != 500:
+                        raise
+                    if len(group) > 1:  # one that the database refuses must not undo the others: each by itself
+                        groups = [[job_id] for job_id in group]
+                    else:
+                        answers[group[0]] = json.dumps({"error": refusal.error, "job_id": group[0], **refusal.details})
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
             wait *= 2
         return answers
 
-    def runaways(self, request: Request) -> Response:
-        """GET /admin/runaways?minutes=5&max_jobs=20: runaway_jobs' answer as it is."""
+    def runaways(self, request: Request) -> str:
         request.has_values = True
-        numbers = request.read_number("minutes", 5, 1_440), request.read_number("max_jobs", 20, 100)
-        return self.tell(request, self.ask(RUNAWAY_JOBS, *numbers))
+        minutes, max_jobs = request.read_number("minutes", 5, 1_440), request.read_number("max_jobs", 20, 100)
+        return self.admin_pool.ask(RUNAWAY_JOBS, minutes, max_jobs)
 
-    def timeout_stuck_jobs(self, request: Request) -> Response:
-        """POST /admin/timeout-stuck-jobs?threshold_minutes=15: timeout_stuck_jobs' answer, once it is committed."""
+    def timeout_stuck_jobs(self, request: Request) -> str:
         answer = self.run_batch(request, TIMEOUT_STUCK_JOBS, request.read_number("threshold_minutes", 15, 60 * YEAR))
-        summary = json.loads(answer)
-        stopped = sum(job["executions_stopped"] for job in summary["timed_out_jobs"])
-        return self.tell(request, answer, executions_stopped=stopped, jobs=summary["timed_out_count"])
+        jobs = json.loads(answer)["timed_out_jobs"]
+        request.noted |= {"executions_stopped": sum(job["executions_stopped"] for job in jobs), "jobs": len(jobs)}
+        return answer
 
-    def repair_stuck_jobs(self, request: Request) -> Response:
-        """POST /admin/repair-stuck-jobs?max_age_hours=24: repair_stuck_jobs' answer, once it is committed."""
+    def repair_stuck_jobs(self, request: Request) -> str:
         answer = self.run_batch(request, REPAIR_STUCK_JOBS, request.read_number("max_age_hours", 24, YEAR))
-        return self.tell(request, answer, jobs=json.loads(answer)["republished_count"])
+        request.noted["jobs"] = json.loads(answer)["republished_count"]
+        return answer
 
     def run_batch(self, request: Request, batch: str, number: int) -> str:
         request.read_body()
         if not self._batch.acquire(timeout=POOL_TIMEOUT):
             raise unavailable("another batch is at work")
         try:
-            return self.ask(batch, number)
+            return self.admin_pool.ask(batch, number)
         finally:
             self._batch.release()
 
-    def get_job(self, request: Request, job_id: str) -> Response:
-        """GET /api/v1/jobs/{id}: get_job's answer as it is."""
-        return answer_of(self.database.call(self.database.read, GET_JOB, job_id)[0][0])
+    def get_job(self, request: Request, job_id: str) -> str:
+        return self.read_pool.ask(GET_JOB, job_id)
 
-    def list_executions(self, request: Request) -> Response:
-        """GET /api/v1/executions?job_id=ID: list_executions' rows, read page by page as the caller takes them.
-
-        No database connection is held while the caller reads: a slow one, or one that went away, costs none.
-        """
-        query = request.read_query("job_id", "status", "after")
-        if "job_id" not in query:
+    def list_executions(self, request: Request) -> chain[bytes]:
+        """The listing in parts, each read as the caller takes it: one that is slow or gone holds no connection."""
+        job_id, status, after = (request.read_query(name) for name in ("job_id", "status", "after"))
+        if job_id is None:
             raise bad("job_id is missing: expected ?job_id=ID")
-        for name in ("status", "after"):
-            if not checked_text(name, query.get(name, "x"), MAX_STATUS):
-                raise bad(f"{name} cannot be used: expected text that is not empty")
-        limit = request.read_number("limit", MAX_BIGINT, MAX_BIGINT)
+        limit = request.read_number("limit", 2**63 - 1, 2**63 - 1)
         request.has_values = True
-        pages = self.execution_pages(checked_id(query["job_id"]), query.get("status"), query.get("after"), limit)
-        first = next(pages)  # whatever is wrong with the database shows here, while a status can still tell it
-        return Response(HTTPStatus.OK, chain([first], pages) if request.method != "HEAD" else iter(()))
+        parts = self.execution_pages(job_id, status, after, limit)
+        first = next(parts)  # whatever is wrong with the database shows here, while a status can still tell it
+        return chain([first], parts)
 
     def execution_pages(self, job_id: str, status: str | None, after: str | None, limit: int) -> Iterator[bytes]:
-        """The body of a listing, a page of the database's at a time."""
-        before, ask = '{"executions": [', partial(self.database.call, self.database.read, LIST_EXECUTIONS)
-        while limit and (rows := ask(job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
+        before, fetch = '{"executions": [', self.read_pool.fetch
+        while limit and (rows := fetch(LIST_EXECUTIONS, job_id, status, after, min(limit, PAGE_ROWS), PAGE_BYTES)):
             yield (before + ", ".join(execution for _, execution in rows)).encode()
             before, after, limit = ", ", rows[-1][0], limit - len(rows)
         yield b"]}\n" if before == ", " else b'{"executions": []}\n'
 
-    def health_live(self, request: Request) -> Response:
-        """GET /health/live: this process answers; says nothing of the database."""
-        return answer_of('{"ok": true}')
+    def health_live(self, request: Request) -> str:
+        return '{"ok": true}'
 
-    def health_ready(self, request: Request) -> Response:
-        """GET /health/ready: this role may call every function, and emergency_stop_faults() knows of no fault."""
-        if rows := self.database.call(self.database.health, MISSING_FUNCTIONS, FUNCTIONS, timeout=2.0):
-            names = ", ".join(name for (name,) in rows)
-            error = f"missing in the database, or not to be executed by this role: {names}; run beacon-stop init-db"
-            raise unavailable(error, faults=[error])
-        sentences = [sentence for (sentence,) in self.database.call(self.database.health, FAULTS, timeout=2.0)]
+    def health_ready(self, request: Request) -> str:
+        try:
+            sentences = [sentence for (sentence,) in self.health_pool.fetch(FAULTS, timeout=2.0)]
+        except (errors.UndefinedFunction, errors.InsufficientPrivilege) as error:
+            fault = f"{error.diag.message_primary}: run beacon-stop init-db"
+            raise unavailable(fault, faults=[fault]) from None
         if faults := [sentence for sentence in sentences if not sentence.startswith("warning: ")]:
             raise unavailable("the emergency stop would not work: see faults", faults=faults)
         warnings = [sentence.removeprefix("warning: ") for sentence in sentences]
-        return answer_of(json.dumps({"ok": True, **({"warnings": warnings} if warnings else {})}))
+        return json.dumps({"ok": True, **({"warnings": warnings} if warnings else {})})
 
 
-def find_route(method: str, path: str) -> tuple[str, str, tuple[str, ...]]:
+def find_route(method: str, path: str) -> tuple[str, list[str]]:
+    """The name of the method that answers, and the ids in the path; raises HTTPError 404 or 405."""
     allowed: list[str] = []
-    for pattern, allows, name, limit in ROUTES:
+    for pattern, verb, name in ROUTES:
         if match := re.fullmatch(pattern, path, re.DOTALL):
-            if method == allows or (method, allows) == ("HEAD", "GET"):
-                return name, limit, match.groups()
-            allowed += ["GET", "HEAD"] if allows == "GET" else [allows]
+            if verb == method.replace("HEAD", "GET"):
+                return name, [each.encode("latin-1").decode("utf-8", "surrogateescape") for each in match.groups()]
+            allowed.append(verb)
     if allowed:
-        raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed)})
+        raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed).replace("GET", "GET, HEAD")})
     raise HTTPError(404, "no such route")
 
 
+class Request:
+    """One call as the application sees it, read from the WSGI environ part by part as it is needed."""
+
+    def __init__(self, environ: dict[str, Any]) -> None:
+        self.environ, self.started = environ, time.monotonic()
+        self.method: str = environ["REQUEST_METHOD"]
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
+        self.event = ""  # of an admin call, for the log
+        noted = ("client", "actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
+        self.noted: dict[str, Any] = {"request_id": self.request_id, **dict.fromkeys(noted)}
+        self.has_token = self.has_values = False  # the right one; values of the caller's that PostgreSQL checks
+
+    def read_path(self) -> str:
+        """The path below the mount point, percent-decoded, each byte as a character.
+
+        Some servers join slashes, resolve dots or leave %2F as it is, which makes it the path of another job. If that
+        is all that differs from the target that the server says was sent, the target counts. Its first part must be
+        the same: a rule of the server's for /admin must hold.
+        """
+        path: str = self.environ.get("PATH_INFO", "")
+        target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
+        sent = unquote_to_bytes(re.sub("(?is)[?].*|^https?://[^/?]*", "", target).encode("latin-1", "replace"))
+        sent_path = sent.decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
+            return path
+        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
+        return sent_path if tidy == sent_tidy else path
+
+    def read_client(self, trusted_proxies: int) -> str:
+        """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
+        address = self.environ.get("REMOTE_ADDR") or ""
+        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
+        if hops and len(hops) >= trusted_proxies:
+            address = read_address(hops[-trusted_proxies].strip()) or address
+        return read_address(address) or address
+
+    def read_query(self, name: str) -> str | None:
+        """The named parameter, None where the query has none; raises HTTPError 400 if it is empty, or there twice."""
+        text = self.environ.get("QUERY_STRING", "")
+        try:  # bytes that were not percent-encoded arrive as Latin-1 characters
+            query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
+            values = [each.encode("latin-1").decode() for each in query.get(name, ())]
+        except ValueError:
+            raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
+        if len(values) > 1:
+            raise bad(f"{name} is given {len(values)} times: expected once")
+        return checked_text(values[0], name.replace("_", " "), MAX_ID) if values else None
+
+    def read_number(self, name: str, default: int, high: int) -> int:
+        text = self.read_query(name) or str(default)
+        if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
+            raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
+        return int(text)
+
+    def read_body(self, *known: str, limit: int = MAX_BODY) -> dict[str, Any]:
+        """The JSON object in the body with all the known keys; raises HTTPError 400 for a key that is not known."""
+        data = self.read_bytes(limit)
+        try:
+            body = BODY_DECODER.decode(data.decode("utf-8")) if data else {}
+        except (ValueError, RecursionError):
+            raise bad("body is not JSON: expected a JSON object or no body") from None
+        if not isinstance(body, dict):
+            raise bad("body is not a JSON object: expected one such as {} or no body")
+        if unknown := sorted(body.keys() - set(known)):
+            raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
+        for name, high in (("reason", MAX_REASON), ("actor", MAX_ACTOR)):
+            if body.get(name) is not None:
+                self.noted[name] = checked_text(body[name], name, high, low=0)
+        for name in ("force", "dry_run"):
+            if not isinstance(body.get(name), (bool, type(None))):
+                raise bad(f"{name} cannot be used: expected true or false")
+        return {name: body.get(name) for name in known}
+
+    def read_bytes(self, limit: int) -> bytes:
+        """The body, of bounded size, however its length is told."""
+        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
+        if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
+            raise HTTPError(411, "body has no length: expected a Content-Length")
+        length = limit + 1 if is_terminated else int(self.environ.get("CONTENT_LENGTH") or 0)
+        data = b""
+        while len(data) < length <= limit + 1 and (part := self.environ["wsgi.input"].read(length - len(data))):
+            data += part
+        if len(data) > limit or length > limit + 1:
+            raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
+        if len(data) < length and not is_terminated:
+            raise bad("body is shorter than its Content-Length")
+        return data
+
+    def caller(self) -> str:
+        """Who calls, as JSON for the record of a stop."""
+        return json.dumps({key: self.noted[key] for key in ("actor", "client", "request_id")})
+
+
 def outcome_of(summary: Mapping[str, Any]) -> str:
-    """What became of a stop, in one word for the log."""
+    """What became of a call, in one word for the log."""
     if "error" in summary:
-        return {"job not found": "not_found", "job is locked": "locked"}.get(summary["error"], "failed")
-    return {None: "stopped", "none": "already_terminal"}.get(summary.get("action"), "executions_stopped")
+        return {"job not found": "not_found", "job is locked": "locked"}.get(summary["error"], str(summary["error"]))
+    if "dry_run" in summary:
+        return "dry_run"
+    if "executions_stopped" in summary:
+        return str(summary.get("action", "stopped"))
+    return "already_terminal" if "action" in summary else "completed"
+
+
+def read_address(text: str) -> str | None:
+    """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
+    match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text[:100])
+    try:
+        address = ipaddress.ip_address((match[1] or match[2]) if match else text[:100])
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
+
+
+def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int = 1) -> str:
+    if not isinstance(value, str) or not low <= len(value) <= high or re.search("[\0\ud800-\udfff]", value):
+        size = f"{low} to {high}" if low else f"text of at most {high}"
+        raise bad(f"{name} cannot be used: expected {size} characters of UTF-8, none of them NUL")
+    return value
+
+
+def explain(error: Exception, request: Request) -> HTTPError:
+    """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, ConfigurationError):
+        log_event("configuration_error", request_id=request.request_id, error=str(error))
+        return unavailable("service is not configured")
+    told: dict[str, Any] = {}
+    if isinstance(error, psycopg.Error):
+        if is_lost(error):
+            return unavailable("database unavailable")
+        if isinstance(error, errors.QueryCanceled):
+            return unavailable("statement timeout: the database took too long")
+        if isinstance(error, errors.ReadOnlySqlTransaction):
+            return unavailable("database is read-only")
+        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)):
+            return bad("a value cannot be used: the database cannot hold it")
+        message, is_locked = error.diag.message_primary or str(error), isinstance(error, errors.LockNotAvailable)
+        if isinstance(error, errors.InvalidParameterValue) and request.has_values:
+            return bad(message)
+        if is_locked and (held := read_holders(error)):
+            force = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
+            can_force = request.event == "emergency_stop" and "not_ended" not in held
+            hint = force if can_force else error.diag.message_hint
+            return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
+        if request.has_token:
+            told = {"message": message, "sqlstate": error.sqlstate}
+        if is_locked and request.event != "emergency_stop":
+            return unavailable("tables are locked", **told)
+        if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
+            return unavailable("database is not ready for this version: see /health/ready", **told)
+    log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
+    return HTTPError(500, "internal error", request_id=request.request_id, **told)
+
+
+def read_holders(error: psycopg.Error) -> dict[str, Any] | None:
+    """Who holds a locked job, from the error's DETAIL: a list, or an object that has it; None for any other error."""
+    try:
+        detail = json.loads(error.diag.message_detail or "")
+    except ValueError:
+        return None
+    held = detail if isinstance(detail, dict) else {"blocked_by": detail}
+    return held if isinstance(held.get("blocked_by"), list) else None
+
+
+def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """Begin the answer with the headers that every answer has, and return its body for the server to send."""
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Request-ID": request.request_id}
+    if isinstance(response.body, bytes):
+        headers["Content-Length"] = str(len(response.body))
+    start_response(f"{response.status} {responses[response.status]}", [*{**headers, **response.headers}.items()])
+    if request.method == "HEAD":
+        return []
+    return [response.body] if isinstance(response.body, bytes) else response.body
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
-    """Make a WSGI application.
+    """Make a WSGI application, configured by the process environment as late as its first call.
 
-    Without arguments it is configured by the process environment, as late as its first call. `environment` takes
-    the place of that, and settings given by name, such as `admin_token=`, `database_url=` or `lock_timeout="2s"`,
-    come before it; they are named as in Settings, written as in the environment, and checked at once:
-    raises ConfigurationError.
+    `environment` takes the place of that, and settings given by name, such as `lock_timeout="2s"`, come before it,
+    written as in the environment. Both are checked at once: raises ConfigurationError.
     """
     if environment is None and not settings:
-        return Application(lambda: Settings.from_environment(os.environ))
-    names = {name: name.upper() if name in ("admin_token", "database_url") else f"BEACON_{name.upper()}"
-             for name in Settings.__dataclass_fields__}  # fmt: skip
-    if unknown := sorted(settings.keys() - names.keys()):
-        raise ConfigurationError(f"unknown setting {unknown[0]}: expected one of {', '.join(names)}")
-    given = {names[name]: str(value) for name, value in settings.items()}
-    checked = Settings.from_environment({**(os.environ if environment is None else environment), **given})
+        return Application(lambda: Settings(os.environ))
+    variables = {name.lower().removeprefix("beacon_"): name for name in SETTINGS}
+    if unknown := sorted(settings.keys() - variables.keys()):
+        raise ConfigurationError(f"unknown setting {unknown[0]}: expected one of {', '.join(variables)}")
+    given = {variables[name]: str(value) for name, value in settings.items()}
+    checked = Settings({**(os.environ if environment is None else environment), **given})
     return Application(lambda: checked)
 
 

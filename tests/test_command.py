@@ -108,24 +108,20 @@ def test_a_taken_port_stops_the_start(start_service, capsys, monkeypatch):
 
 
 def test_settings_as_they_are_meant():
-    settings = beacon_stop.Settings.from_environment(GOOD)
+    settings = beacon_stop.Settings(GOOD)
     assert (settings.lock_timeout, settings.statement_timeout, settings.admin_pool, settings.read_pool) == (2, 60, 4, 4)
     assert (settings.admin_rate, settings.failed_rate) == (beacon_stop.Rate(600, 60), beacon_stop.Rate(10, 60))
     assert (settings.read_rate, settings.trusted_proxies) == (beacon_stop.Rate(300, 60), 0)
 
     assert settings.read_database_url == settings.database_url == GOOD["DATABASE_URL"]
 
-    settings = beacon_stop.Settings.from_environment(
-        {**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"}
-    )
+    settings = beacon_stop.Settings({**GOOD, "BEACON_LOCK_TIMEOUT": "250ms", "BEACON_STATEMENT_TIMEOUT": "2min"})
     assert (settings.lock_timeout, settings.statement_timeout) == (0.25, 120)
 
-    settings = beacon_stop.Settings.from_environment(
-        {**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"}
-    )
+    settings = beacon_stop.Settings({**GOOD, "BEACON_LOCK_TIMEOUT": "3s", "BEACON_STATEMENT_TIMEOUT": "2s"})
     assert (settings.lock_timeout, settings.statement_timeout) == (0.8, 2)
 
-    settings = beacon_stop.Settings.from_environment({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
+    settings = beacon_stop.Settings({**GOOD, "BEACON_READ_DATABASE_URL": "postgresql:///standby"})
     assert (settings.database_url, settings.read_database_url) == (GOOD["DATABASE_URL"], "postgresql:///standby")
     assert "postgresql" not in repr(settings)
 

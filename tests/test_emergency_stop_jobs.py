@@ -155,7 +155,7 @@ def client_of(app):
     """Whose stops can share transactions from now on."""
     client = Client(app)
     client.stop("nix")  # connects
-    wait_until(lambda: app.database.can_group)
+    wait_until(lambda: app.group.can_group)
     return client
 
 
@@ -368,7 +368,6 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
 def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow):
     app = make_app()
     client = client_of(app)
-    database = app.database
 
     server, name = connect(server_url), db.info.dbname
     server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
@@ -376,10 +375,10 @@ def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, s
         assert db.execute(f"SELECT pg_terminate_backend(pid) {GROUP_SESSION}").fetchall() == [(True,)]
         with stops_at_work(client, db, make_job("slow-1", running=1)):
             assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
-        wait_until(lambda: not database.can_group)
+        wait_until(lambda: not app.group.can_group)
     finally:
         server.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
-    wait_until(lambda: database.can_group)
+    wait_until(lambda: app.group.can_group)
 
 
 def test_without_the_right_to_the_function_each_goes_by_itself(make_app, db, make_job, slow, seen):

@@ -180,11 +180,11 @@ def test_a_caller_who_waits_is_answered_once_the_standby_has_taken_over(pair, mo
     with closing(beacon_stop.create_app({}, admin_token=TOKEN, database_url=url_of(primary, standby))) as app:
         client = Client(app)
         assert client.stop("unknown").status == 404
-        app.database.admin.wait()  # or an attempt to connect from before the call would fail before it
+        app.admin_pool.wait()  # or an attempt to connect from before the call would fail before it
         primary.kill()
         with ThreadPoolExecutor(1) as operator:
             call = operator.submit(client.stop, "job-0")
-            wait_until(lambda: "admin" in app.database.away, 30)
+            wait_until(lambda: app.admin_pool.is_away, 30)
 
             promote(standby)
             assert call.result(20).status == 200

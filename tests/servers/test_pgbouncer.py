@@ -118,9 +118,8 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
 def test_stops_share_no_transaction(make_app, pooled_url):
     app = make_app(database_url=pooled_url)
     assert Client(app).stop("nix").status == 404
-    database = app.database
-    wait_until(lambda: "group" in database.pooled)
-    assert not database.can_group
+    wait_until(lambda: app.group.pool.is_pooled)
+    assert not app.group.can_group
 
 
 class Holder:
