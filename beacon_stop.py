@@ -54,17 +54,15 @@ from functools import partial
 from http import HTTPStatus
 from http.client import parse_headers
 from http.server import BaseHTTPRequestHandler
-from io import BytesIO, StringIO
+from io import BytesIO
 from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Empty, Full, Queue, SimpleQueue
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
-from urllib.parse import parse_qs, unquote_to_bytes
-from wsgiref.handlers import SimpleHandler
-from wsgiref.headers import Headers
+from urllib.parse import parse_qs, unquote, unquote_to_bytes
 
 import psycopg
 from psycopg import errors
@@ -1118,242 +1116,190 @@ application = create_app()
 
 # --- The server -------------------------------------------------------------------------------------------------------
 
-NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# Stricter than the parser behind it: nothing that two parties could read in two ways.
-LINES = rb"(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n){0,99}" % NAME  # http.client takes no more
-HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n%b\r\n" % (NAME, LINES))
-HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
-TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
-READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
-IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
-ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer, and a streamed one
+# Stricter than the parser behind it, which takes 99 lines: nothing that two parties could read in two ways.
+NAME, HOST = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
+HEAD = re.compile(
+    rf"(?P<REQUEST_METHOD>{NAME}) (?:(?i:https?://){HOST}(?=[/? ])|(?=[/*]))(?P<PATH_INFO>[^\0- \x7f?]*)"
+    r"\??(?P<QUERY_STRING>[^\0- \x7f]*) (?P<SERVER_PROTOCOL>HTTP/1\.[01])\r\n"
+    rf"(?:{NAME}:[^\0-\x08\n-\x1f\x7f]*\r\n){{0,99}}\r\n"
+)
+ENOUGH = re.compile(rb"(?s).{1,%d}?[^\r\n]\r?\n\r?\n|.{%d}" % (MAX_HEAD, MAX_HEAD + 1))  # a whole head, or too much
+READ_TIMEOUT, IDLE_TIMEOUT = 10.0, 75.0  # seconds from a request's first byte to its last; between requests
+ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer; a streamed one
+LINGER_TIMEOUT = 2.0  # seconds for a client to take the last answer and to close
 PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
-LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
-GRACE_SECONDS = 10.0  # that clients get to send and to take on SIGTERM; calls in the database get as long as they take
+PATIENCE = {"waiting": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
 MAX_CONNECTIONS = 900
-
-
-class Answer(SimpleHandler):
-    """Runs the application for one request and writes what it answers."""
-
-    http_version = "1.1"
-    os_environ: dict[str, str] = {}  # noqa: RUF012 -- the process's has the token in it
-    headers: Headers
-    result: Any
-    headers_sent: bool
-
-    def __init__(self, client: Client, environ: dict[str, Any]) -> None:
-        super().__init__(cast(Any, client), cast(Any, client.wfile), sys.stderr or StringIO(), environ)
-        self.client = client
-
-    def cleanup_headers(self) -> None:
-        super().cleanup_headers()
-        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
-        # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
-        if "Content-Length" not in self.headers or self.client.body_left or self.client.server.is_stopping:
-            self.client.close_connection = True
-        if self.client.close_connection:
-            self.headers["Connection"] = "close"
-
-    def finish_content(self) -> None:
-        if not self.headers_sent:
-            self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
-        self.client.connection.setblocking(False)
-        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
-        self.client.connection.setblocking(True)
-        self.stdout.flush()
-
-    def _flush(self) -> None:
-        """Leave it to the buffer and to finish_content."""
-
-    def log_exception(self, exc_info: Any) -> None:
-        self.client.close_connection = True
-        if not issubclass(exc_info[0], OSError):  # the client went away
-            log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
-
-    def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        request = Request(environ)
-        error = HTTPError(500, "internal error", request_id=request.request_id)
-        # The application may have begun an answer, which only the exception at hand allows to replace.
-        return list(respond(request, error.response(), lambda *head: start_response(*head, sys.exc_info())))
 
 
 class Client(BaseHTTPRequestHandler):
     """A client's connection, in a thread of its own; also the `wsgi.input` of the request at work."""
 
     server: Server
-    protocol_version = "HTTP/1.1"
+    protocol_version = request_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    is_late = is_pipelined = expects_continue = False
-    body_left: float = 0  # bytes
+    buffer = b""
 
     def expect(self, phase: str, seconds: float) -> None:
-        self.phase, self.deadline = phase, time.monotonic() + seconds
+        """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
+        self.deadline = time.monotonic() + seconds
+        self.server.connections[self.connection] = phase, self.deadline
 
-    def give_up(self) -> None:
-        """End the wait for a client that is late: its thread reads the end, or cannot write any more."""
-        self.is_late, self.deadline = True, math.inf
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR if self.phase == "answering" else socket.SHUT_RD)
+    def receive(self, find: Callable[[], Any]) -> Any:
+        """Read until there is what one waits for, or the client sends no more; raises HTTPError 408 if it is late."""
+        while not (found := find()) and (data := self.connection.recv(MAX_HEAD)):
+            self.buffer += data
+        if time.monotonic() >= self.deadline:
+            raise HTTPError(408, "request did not arrive in time")
+        return found
 
     def handle(self) -> None:
-        self.expect("waiting", READ_TIMEOUT)
-        self.server.connections[self.connection] = self
         super().handle()
+        self.connection.shutdown(socket.SHUT_WR)
+        self.expect("reading", LINGER_TIMEOUT)
+        while self.connection.recv(MAX_HEAD):  # closing on unread bytes could destroy the answer
+            pass
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.body_left, head = True, 0, bytearray()
-        while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
-            if not head:
-                self.expect("reading", READ_TIMEOUT)
-            if head or line != b"\r\n":  # empty lines may come before a request
-                head += line
-            if (head and line in (b"\r\n", b"\n")) or len(head) > MAX_HEAD:
-                break
-        if not head:
-            return
-        try:
-            environ, application = self.read_environ(bytes(head)), self.server.application
-            if not self.body_left:
-                self.expect("working", math.inf)
-        except HTTPError as error:
-            response = error.response()
-            log_event("refused", client=self.client_address[0], outcome=error.error, status=int(error.status))
-            given = re.search(rb"\nx-request-id:[ \t]*([\x21-\x7e]{1,128})[ \t]*\r", head, re.IGNORECASE)
-            environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
-                       "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
-            application = lambda environ, start: respond(Request(environ), response, start)  # noqa: E731
-            self.close_connection, self.body_left = True, math.inf
-        Answer(self, environ).run(application)
-        if self.body_left:  # closing on unread bytes could destroy the answer
-            self.connection.shutdown(socket.SHUT_WR)
-            self.expect("reading", LINGER_TIMEOUT)
-            while self.rfile.read1(65_536):
-                pass
-        self.expect("waiting", IDLE_TIMEOUT)
-        if self.is_pipelined:
+        if self.buffer:
             time.sleep(PIPELINE_PAUSE)
+        self.buffer = self.buffer or self.connection.recv(MAX_HEAD)
+        self.close_connection, self.body_left, self.head = True, 0, ""
+        if not self.buffer:
+            return
+        self.expect("reading", READ_TIMEOUT)
+        begun: list[Any] = []
+        try:
+            answer = iter(self.server.application(self.read_environ(), lambda *head: begun.append(head)))
+            first = next(answer, b"")
+        except Exception as error:
+            self.close_connection = True
+            answer, first = iter(self.refuse(error, lambda *head: begun.append(head))), b""
+        self.send_answer(chain([first], answer), *begun[-1])
+        self.expect("waiting", IDLE_TIMEOUT)
 
-    def read_environ(self, head: bytes) -> dict[str, Any]:
-        """The WSGI environ of a request; raises HTTPError for one that cannot be read in just one way."""
-        if len(head) > MAX_HEAD:
+    def read_environ(self) -> dict[str, Any]:
+        """Read the head of a request; raises HTTPError for one that cannot be read in just one way."""
+        found = self.receive(lambda: ENOUGH.match(self.buffer))
+        end = found.end() if found else len(self.buffer)
+        self.head, self.buffer = self.buffer[:end].decode("latin-1").lstrip("\r\n"), self.buffer[end:]
+        if len(self.head) > MAX_HEAD:
             raise HTTPError(431, f"headers are too large: expected at most {MAX_HEAD} bytes")
-        if not (match := HEAD.fullmatch(head)):
-            if self.is_late:
-                raise HTTPError(408, "request did not arrive in time")
+        if not (match := HEAD.fullmatch(self.head)):
             raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
-        if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
-            raise bad("request target cannot be read: expected a path that begins with /")
-        lines = BytesIO(head)
-        self.command, _, self.request_version = lines.readline().decode("latin-1").split()
-        headers = parse_headers(lines)
-        # One with an underscore could pass for the one with a dash in the environ.
-        fields = {f"HTTP_{name.upper().replace('-', '_')}": ", ".join(headers.get_all(name, ())).strip(" \t")
-                  for name in headers if "_" not in name}  # fmt: skip
-        is_modern = self.request_version == "HTTP/1.1"
-        if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
+        environ: dict[str, Any] = {**match.groupdict(), "SCRIPT_NAME": "", "REMOTE_ADDR": self.client_address[0]}
+        environ |= {"PATH_INFO": unquote(match["PATH_INFO"], "latin-1"), "wsgi.input": self}
+        headers = parse_headers(BytesIO(self.head.partition("\n")[2].encode("latin-1")))
+        for name in headers:
+            if "_" not in name:  # it could pass for the one with a dash
+                environ[f"HTTP_{name.upper().replace('-', '_')}"] = ", ".join(headers.get_all(name, ())).strip(" \t")
+        is_modern = match["SERVER_PROTOCOL"] == "HTTP/1.1"
+        if not re.fullmatch(HOST, environ.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
-        length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
+        length, coding = environ.pop("HTTP_CONTENT_LENGTH", None), environ.get("HTTP_TRANSFER_ENCODING")
         *codings, last_coding = [each.strip().lower() for each in (coding or "").split(",")]
-        if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
+        if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length):
             raise bad("Content-Length cannot be read: expected one whole number")
         if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
             raise bad("Transfer-Encoding cannot be used: expected chunked last, in HTTP/1.1, and no Content-Length")
         if codings:
             raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
-        self.body_left = int(length or 0) if coding is None else math.inf  # answered, by the application, and cut off
-        self.close_connection = not is_modern or "close" in fields.get("HTTP_CONNECTION", "").lower()
-        self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
-        for key in {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & fields.keys():
-            fields[key.removeprefix("HTTP_")] = fields.pop(key)
-        return {
-            "REQUEST_METHOD": self.command, "SCRIPT_NAME": "", "SERVER_PROTOCOL": self.request_version,
-            "PATH_INFO": unquote_to_bytes((target[1] or "/").encode("latin-1")).decode("latin-1"),
-            "QUERY_STRING": target[2], "REMOTE_ADDR": self.client_address[0],
-            "SERVER_NAME": self.server.host, "SERVER_PORT": str(self.server.port), **fields,
-        }  # fmt: skip
-
-    def read(self, size: int) -> bytes:
-        """Part of the body, for the application; raises HTTPError 408 if it does not arrive in time."""
-        if self.expects_continue:
-            self.expects_continue = False
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
-        data = self.rfile.read(int(min(size, self.body_left)))
-        self.body_left -= len(data)
+        self.close_connection = not is_modern or "close" in environ.get("HTTP_CONNECTION", "").lower()
+        self.expects_continue = is_modern and environ.get("HTTP_EXPECT", "").lower() == "100-continue"
+        self.body_left = int(length or coding is not None)  # chunks are not read
         if not self.body_left:
             self.expect("working", math.inf)
-        elif self.is_late:
-            raise HTTPError(408, "request did not arrive in time")
+        return environ | {"CONTENT_LENGTH": length or "0"}
+
+    def read(self, size: int) -> bytes:
+        """So much of the body, for the application; less if the client sends no more."""
+        if self.expects_continue:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        size = min(size, self.body_left)
+        self.receive(lambda: len(self.buffer) >= size)
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        self.body_left -= len(data)
+        self.expect("working", math.inf)
         return data
+
+    def refuse(self, error: Exception, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request that cannot be read, or whose answer failed before its first byte."""
+        given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", self.head)
+        request = Request({"REQUEST_METHOD": self.head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1] if given else ""})
+        refusal = explain(error, request)
+        about = {"request_id": request.request_id, "client": self.client_address[0], "outcome": refusal.error}
+        log_event("refused", **request.noted | about, status=int(refusal.status))
+        return respond(request, refusal.response(), start_response)
+
+    def send_answer(self, body: Iterable[bytes], status: str, headers: list[tuple[str, str]]) -> None:
+        has_length = "Content-Length" in dict(headers)
+        self.expect("answering", ANSWER_TIMEOUT if has_length else LISTING_TIMEOUT)
+        self.send_response_only(int(status[:3]), status[4:])
+        for header in [*headers, ("Date", self.date_time_string())]:
+            self.send_header(*header)
+        # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
+        if self.close_connection or not has_length or self.body_left or self.server.is_stopping:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.writelines(body)
+        self.wfile.flush()
 
 
 class Server(ThreadingMixIn, TCPServer):
     """The standard library's threaded server with bounds: on connections, on the time of a request and of an answer."""
 
     daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 1024
+    is_stopping = False
 
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
-        self.application, self.is_stopping, self.next_look = application, False, 0.0
-        self.connections: dict[socket.socket, Client | None] = {}
+        BaseServer.__init__(self, (host, port), Client)
+        self.application = application
+        self.connections: dict[socket.socket, tuple[str, float]] = {}  # phase and deadline of each
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
         except (UnicodeError, socket.gaierror):
             raise ConfigurationError(f"HOST is {host!r}: expected an address or a name of this machine") from None
-        self.address_family, *_, address = found[0]
-        super().__init__(cast(Any, address), Client, bind_and_activate=False)
-        if address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.server_bind()
-        self.server_activate()
-        self.host, self.port = str(self.server_address[0]), self.server_address[1]
-        self.url = f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        is_ipv6 = family == socket.AF_INET6
+        self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_ipv6)
+        host, self.port = self.socket.getsockname()[:2]
+        self.url = f"http://[{host}]:{self.port}" if is_ipv6 else f"http://{host}:{self.port}"
 
     def stop(self) -> None:
         """End serve_forever once the calls in flight are answered; from any thread, or from a signal handler."""
         self.is_stopping = True
-        threading.Thread(target=self.shutdown, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.05) -> None:
         """Accept and answer until stop() is called; then answer what has been sent."""
-        super().serve_forever(poll_interval)
-        until = time.monotonic() + GRACE_SECONDS / 10
+        self.timeout = poll_interval
+        while not self.is_stopping:
+            self.handle_request()
+            self.shut_late(time.monotonic())
+        until = time.monotonic() + 1
         while select.select([self.socket], [], [], poll_interval)[0] and time.monotonic() < until:
             self.handle_request()  # who is connected already would be cut off by the end of the listening socket
         self.server_close()
-        patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
-        began = time.monotonic()
+        closed = time.monotonic()
         while self.connections:
-            for client in self.clients():
-                client.deadline = min(client.deadline, began + patience[client.phase])
-            self.service_actions()
+            self.shut_late(time.monotonic(), closed)
             time.sleep(0.02)
 
-    def clients(self) -> list[Client]:
-        return [client for client in self.connections.copy().values() if client]
-
-    def service_actions(self) -> None:
-        """Shut the sockets of those who are late, ten times a second."""
-        if (now := time.monotonic()) >= self.next_look:
-            self.next_look = now + 0.1
-            for client in self.clients():
-                if client.deadline <= now:
-                    client.give_up()
+    def shut_late(self, now: float, closed: float = math.inf) -> None:
+        """End the waiting for those whose time is up: their threads read the end, or cannot write any more."""
+        for connection, (phase, deadline) in self.connections.copy().items():
+            if phase != "working" and min(deadline, closed + PATIENCE[phase]) <= now:
+                self.connections.pop(connection, None)
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR if phase == "answering" else socket.SHUT_RD)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Where there are too many connections, end the one whose time is up next, or refuse this one."""
-        self.connections[request] = None
-        if len(self.connections) <= MAX_CONNECTIONS:
-            return True
-        first = min(self.clients(), key=lambda client: client.deadline, default=None)
-        if first is None or first.deadline == math.inf:
-            return False
-        first.give_up()
-        return True
+        """Where there are too many connections, end the one whose time is up next; if all are at work, refuse this."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self.shut_late(min(deadline for _, deadline in self.connections.copy().values()))
+        if has_room := len(self.connections) < MAX_CONNECTIONS:
+            self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
+        return has_room
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
