@@ -1417,7 +1417,8 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
 
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
     """Serve on a private PostgreSQL in a temporary folder, with a runaway job in it; leaves nothing behind."""
-    on_signals(lambda *_: sys.exit(0))  # until there is a server to stop
+    noted: list[int] = []
+    on_signals(lambda number, _: noted.append(number))  # until there is a server to stop
     job_id = f"runaway-{time.time_ns() // 1_000_000}"
     token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
     shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
@@ -1437,8 +1438,9 @@ psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
 
 Ctrl-C ends the service and its PostgreSQL.
 """
-        urls = {"DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
-        serve({**environment, **urls, "ADMIN_TOKEN": token}, host, port, announcement)
+        settings = {**environment, "ADMIN_TOKEN": token, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
+        if not noted:
+            serve(settings, host, port, announcement)
 
 
 def main(arguments: list[str] | None = None) -> int:
