@@ -1038,6 +1038,9 @@ class Answer(SimpleHandler):
     def finish_content(self) -> None:
         if not self.headers_sent:
             self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
+        self.client.connection.setblocking(False)
+        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
+        self.client.connection.setblocking(True)
         self.client.wfile.flush()
 
     def _flush(self) -> None:
@@ -1062,6 +1065,7 @@ class Client(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
+    is_pipelined = False  # whether a request has come ahead of the last answer
 
     def handle(self) -> None:
         BaseHTTPRequestHandler.handle(self)  # request after request
@@ -1091,10 +1095,7 @@ class Client(WSGIRequestHandler):
             while self.rfile.read1(65_536):
                 pass
         self.expect("waiting", IDLE_TIMEOUT)
-        self.connection.setblocking(False)
-        is_pipelined = bool(self.rfile.peek(1))  # type: ignore[attr-defined]
-        self.connection.setblocking(True)
-        if is_pipelined:
+        if self.is_pipelined:
             time.sleep(PIPELINE_PAUSE)
 
     def read_head(self) -> str:

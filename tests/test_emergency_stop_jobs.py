@@ -357,7 +357,7 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
             os.kill(pid, signal.SIGSTOP)
             try:
                 stuck = executor.submit(client.stop, hangs)
-                wait_until(lambda: app.database.group.get_stats()["pool_available"] == 0)  # the group is at work on it
+                wait_until(lambda: app.group.pool.get_stats()["pool_available"] == 0)  # the group is at work on it
                 assert {answer.json["executions_stopped"] for answer in stop_all(client, others)} == {1}
                 assert not stuck.done()
             finally:

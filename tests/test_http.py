@@ -1143,7 +1143,7 @@ def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role
     app = make_app(database_url=limited_url, read_database_url=limited_url, admin_pool=1, read_pool=1)
     client = Client(app)
     client.stop("warm up")
-    (connection,) = app.database.admin._pool
+    (connection,) = app.admin_pool._pool
     with pytest.raises(psycopg.OperationalError, match="too many connections for role"):
         for _ in range(7):
             connect(limited_url)
@@ -1152,7 +1152,7 @@ def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role
 
     for _ in range(3):
         assert client.stop(make_job(running=2)).json["executions_stopped"] == 2
-        assert list(app.database.admin._pool) == [connection]
+        assert list(app.admin_pool._pool) == [connection]
     app.close()
     db.execute("DROP ROLE beacon_limited")
 
