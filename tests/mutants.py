@@ -15,7 +15,7 @@ survive.
 SQL is changed by regular expressions, on a copy in which comments and strings are blanked; Python by its syntax tree.
 Two well-kept tools for Python were looked at. mutmut 3 changes code in functions only, and forks the process that runs
 the tests, which does not suit tests with threads, pools and servers of their own. cosmic-ray leaves out no statement
-and negates no condition. And neither would share the servers, the table of tests and the list of accepted ones with SQL.
+and negates no condition. Neither would share the servers, the table of tests and the list of accepted ones with SQL.
 """
 
 from __future__ import annotations
