@@ -49,12 +49,15 @@ ACCEPTED = ROOT / "tests" / "mutants_accepted.txt"
 KINDS = ("killed", "did not load", "hung", "accepted", "survived")
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
 
-# The test modules that concern a file, the likely killers first. Where none is named here, it is the one that has the
-# name of the file's function.
+# The test modules that concern a file, or a class of it, the likely killers first. A file that is not named here has a
+# module of its name. For SQL, the rights are tested first of all, in a second.
 BATCHES = "timeout_stuck_jobs repair_stuck_jobs release_job install"
 STOPS = "emergency_stop_job emergency_stop_blockers application_triggers hostile"
 TESTS = {
-    "beacon_stop.py": "http server command emergency_stop_jobs emergency_stop_job worker readme hostile",
+    "Client": "server http",
+    "Server": "server http command",
+    "Database": "http server emergency_stop_jobs hostile",
+    "beacon_stop": "http command server emergency_stop_jobs readme",
     "00_begin": "install tables",
     "05_changes": "install tables emergency_stop_faults hostile",
     "10_tables": "tables install",
@@ -317,10 +320,11 @@ def where(source: str, place: int, is_sql: bool) -> str:
     return ".".join(names + [name for kind, indentation, name in lines[-1:] if indentation and not kind]) or "top"
 
 
-def test_modules(file: str) -> list[str]:
-    stem = Path(file).stem
-    names = TESTS.get(file) or f"privileges {TESTS.get(stem) or stem.split('_', 1)[1]}"
-    return [f"tests/test_{name}.py" for name in dict.fromkeys(names.split())]
+def test_modules(mutant: Mutant) -> list[str]:
+    stem = Path(mutant.file).stem
+    names = TESTS.get(mutant.where.split(".")[0]) or TESTS.get(stem) or stem.split("_", 1)[1]
+    first = ["privileges"] if mutant.file.endswith(".sql") else []
+    return [f"tests/test_{name}.py" for name in [*first, *names.split()]]
 
 
 class Worker:
@@ -350,7 +354,7 @@ class Worker:
         original = (ROOT / mutant.file).read_text()
         (self.copy / mutant.file).write_text(mutant.text)
         try:
-            status, output = self.run(test_modules(mutant.file))
+            status, output = self.run(test_modules(mutant))
         finally:
             (self.copy / mutant.file).write_text(original)
         if status == 0:
