@@ -256,7 +256,7 @@ def python_mutants(source: str) -> Iterator[Change]:
                 yield begin(value), end(value), "True" if isinstance(node.op, ast.And) else "False"
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             yield begin(node), begin(node) + len("not"), ""
-        elif isinstance(node, ast.If | ast.While | ast.IfExp):
+        elif isinstance(node, ast.If | ast.While | ast.IfExp) and not is_reversed_otherwise(node.test):
             yield begin(node.test), end(node.test), f"not ({source[begin(node.test) : end(node.test)]})"
         elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
             yield begin(node), end(node), str(not node.value if isinstance(node.value, bool) else node.value + 1)
@@ -268,6 +268,12 @@ def python_mutants(source: str) -> Iterator[Change]:
                 yield begin(node.func), end(node.func), {"min": "max", "max": "min"}[node.func.id]
         elif isinstance(node, SIMPLE) or is_effect(node):
             yield begin(node), end(node), "pass"
+
+
+def is_reversed_otherwise(test: ast.expr) -> bool:
+    if isinstance(test, ast.Compare):
+        return len(test.ops) == 1 and not isinstance(test.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+    return isinstance(test, ast.UnaryOp)
 
 
 def is_effect(node: ast.AST) -> bool:
