@@ -258,7 +258,7 @@ def python_mutants(source: str) -> Iterator[Change]:
             yield begin(node), begin(node) + len("not"), ""
         elif isinstance(node, ast.If | ast.While | ast.IfExp) and not is_reversed_otherwise(node.test):
             yield begin(node.test), end(node.test), f"not ({source[begin(node.test) : end(node.test)]})"
-        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int):
             yield begin(node), end(node), str(not node.value if isinstance(node.value, bool) else node.value + 1)
         elif isinstance(node, ast.Call):
             for before, argument in pairwise([*node.args, *node.keywords]):
@@ -321,9 +321,10 @@ def where(source: str, place: int, is_sql: bool) -> str:
     if is_sql:
         names = re.findall(r"(?m)^CREATE OR REPLACE FUNCTION (\w+)|^(DO) ", source[:place])
         return names[-1][0] or names[-1][1] if names else "top"
-    lines = re.findall(r"(?m)^(?:(class) |( *)(?:async )?def )(\w+)", source[: source.find("\n", place)])
-    names = [name for _, indentation, name in lines if not indentation][-1:]
-    return ".".join(names + [name for kind, indentation, name in lines[-1:] if indentation and not kind]) or "top"
+    before = source[: source.find("\n", place)]
+    outer = re.findall(r"(?m)^(?:class|def) (\w+)|^(?=[^\s)])", before)[-1:]
+    inner = re.findall(r"(?m)^(?:    def (\w+)|(?=[^\s)]))", before)[-1:]
+    return ".".join(name for name in outer + inner if name) or "top"
 
 
 def test_modules(mutant: Mutant) -> list[str]:

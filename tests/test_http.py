@@ -5,6 +5,7 @@ import re
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import psutil
 import psycopg
@@ -1207,13 +1208,56 @@ def test_a_connection_that_is_read_only_is_not_kept(make_app, make_job, db):
     assert client.stop(job_id).json["executions_stopped"] == 1
 
 
-def test_of_a_silent_server_no_other_connection_is_tried(make_app, make_job, db, monkeypatch):
-    monkeypatch.setattr(beacon_stop, "SILENCE", 0.2)
-    app = make_app(read_pool="2", statement_timeout="300ms")
+def test_of_a_silent_server_no_other_connection_is_tried(make_app, make_job, monkeypatch):
+    """Each of them would take as long."""
+    monkeypatch.setattr(beacon_stop, "SILENCE", 1.0)
+    app = make_app(read_pool="4", statement_timeout="100ms")
     client, path = Client(app), f"/api/v1/jobs/{make_job()}"
     assert client("GET", path).status == 200
-    with app.database.read.connection() as first, app.database.read.connection() as second:
-        silent = [psutil.Process(connection.info.backend_pid) for connection in (first, second)]
+    with ExitStack() as stack:
+        connections = [stack.enter_context(app.database.read.connection()) for _ in range(4)]
+        silent = [psutil.Process(connection.info.backend_pid) for connection in connections]
 
     with suspended(*silent):
+        started = time.monotonic()
         assert client("GET", path).status == 200
+        assert time.monotonic() - started < 3
+
+
+def test_a_call_that_the_database_works_at_is_not_taken_for_silence(make_app, make_job, db, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "SILENCE", 0.2)
+    client = Client(make_app(admin_pool="1", statement_timeout="10s"))
+    assert client.stop(make_job()).status == 200
+    slow_down_stops(db, 1)
+
+    assert client.stop(make_job(running=1)).json["message"] == "Job emergency stopped"
+
+
+def test_once_the_database_is_known_to_be_away_nobody_waits_long_for_it(make_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 20.0)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
+    app = make_app(database_url="postgresql://127.0.0.1:9/nowhere")
+    app.open()
+    wait_until(lambda: {"admin", "read"} <= app.database.away)
+    client = Client(app)
+
+    started = time.monotonic()
+    assert client.stop("a").json == client("GET", "/api/v1/jobs/a").json == {"error": "database unavailable"}
+    assert time.monotonic() - started < 5
+
+
+def test_all_of_an_ipv6_network_of_64_bits_is_one_client():
+    first, last, beyond = "2001:db8:0:7::", "2001:db8:0:7:ffff:ffff:ffff:ffff", "2001:db8:0:8::"
+
+    assert beacon_stop.read_address(first) == beacon_stop.read_address(last) != beacon_stop.read_address(beyond)
+
+
+@pytest.mark.parametrize("length", ["+2", " 2", "0_2", "2.0", "-2", "2" * 30])
+def test_a_content_length_that_is_no_number_is_refused(make_app, length):
+    """As some servers hand it on. They are told so before they are asked for a byte."""
+    started = []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/admin/jobs/nix/emergency-stop", "CONTENT_LENGTH": length,
+               "HTTP_X_ADMIN_TOKEN": TOKEN, "wsgi.input": None}  # fmt: skip
+
+    (body,) = make_app()(environ, lambda status, headers: started.append(status))
+    assert (started, json.loads(body)["error"][:14]) == (["400 Bad Request"], "Content-Length")

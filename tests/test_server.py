@@ -604,8 +604,12 @@ def test_a_body_of_16_kib_on_the_wire_and_not_one_byte_more(server):
     assert [answer.status for answer in post(16 * 1024 + 1)] == [413]
 
 
-@pytest.mark.parametrize("begun", [LIVE, STOP + b"Content-Length: 9999\r\n\r\n"], ids=["head", "body"])
-def test_a_byte_now_and_then_does_not_put_off_the_end_of_a_request(server, monkeypatch, begun):
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [(LIVE, b"x"), (LIVE, b"X-A: b\r\n"), (STOP + b"Content-Length: 9999\r\n\r\n", b"x")],
+    ids=["a byte of a header", "a header", "a byte of a body"],
+)
+def test_something_now_and_then_does_not_put_off_the_end_of_a_request(server, monkeypatch, begun, more):
     monkeypatch.setattr(beacon_stop, "READ_TIMEOUT", 0.5)
     with connect_to(server.url) as sock, sock.makefile("rb") as file:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -614,7 +618,7 @@ def test_a_byte_now_and_then_does_not_put_off_the_end_of_a_request(server, monke
         for _ in range(200):
             if select.select([sock], [], [], 0.05)[0]:
                 break
-            sock.sendall(b"x")
+            sock.sendall(more)
         assert read_answer(file).status == 408
         assert file.read() == b""
 
