@@ -87,7 +87,7 @@ class Mutant:
     @property
     def name(self) -> str:
         """What it is called in mutants_accepted.txt: without the number of the line, which moves."""
-        return f"{self.file} {self.where}: {self.change}"
+        return f"{self.file} {self.where}: {self.change}".rstrip()
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.where}: {self.change}"
@@ -127,11 +127,11 @@ SQL_CHANGES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\bSECURITY DEFINER\b", "SECURITY INVOKER"),
     (r"(?m)^SET (?:search_path|timezone|row_security)\b.*$", ""),
 ]
-# On the text with its strings: a duration moved, a state or a row left out of a list.
+# On the text with its strings: a duration moved, a row left out of a list, a column left out of an UPDATE.
 SQL_STRING_CHANGES: list[tuple[str, str]] = [
     (r"'(\d+)( ?(?:ms|s|min|minutes|hours))'", r"'\10\2'"),
     (r"(?m)^ +\('[^\n]*\),\n", ""),
-    (r"(?m)^ +(?:SET )?(?!OR\b)([a-z_]+ = [^\n]*,\n)(?=\s+[a-z_]+ = )", ""),
+    (r"(?m)^( +(?:SET )?)[a-z_]+ = [^\n]*,\n\s+(?=[a-z_]+ = )", r"\1"),
 ]
 STATEMENT = (
     r"(?m)^ *((?:PERFORM|RAISE|EXECUTE(?! FUNCTION)|REVOKE|GRANT|INSERT INTO|UPDATE|DELETE|LOCK TABLE|SET CONSTRAINTS|"

@@ -1261,3 +1261,12 @@ def test_a_content_length_that_is_no_number_is_refused(make_app, length):
 
     (body,) = make_app()(environ, lambda status, headers: started.append(status))
     assert (started, json.loads(body)["error"][:14]) == (["400 Bad Request"], "Content-Length")
+
+
+def test_a_body_that_the_server_delimits_is_read_to_its_end_and_bounded(client, make_job):
+    job_id, reason = make_job(running=1), "to the very end"
+    chunked = {"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    body = json.dumps({"reason": reason}).encode().rjust(16 * 1024)
+
+    assert client.stop(job_id, b" " + body, **chunked).status == 413
+    assert client.stop(job_id, body, **chunked).json["reason"] == reason

@@ -615,10 +615,12 @@ def test_something_now_and_then_does_not_put_off_the_end_of_a_request(server, mo
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(begun)
 
-        for _ in range(200):
+        for _ in range(60):
             if select.select([sock], [], [], 0.05)[0]:
                 break
             sock.sendall(more)
+        else:
+            pytest.fail("it was put off")
         assert read_answer(file).status == 408
         assert file.read() == b""
 
