@@ -173,7 +173,7 @@ def sql_mutants(source: str) -> Iterator[Change]:
         items = found[first].split(",")
         for left_out in range(len(items)):
             yield *found.span(first), ",".join(items[:left_out] + items[left_out + 1 :]).strip()
-    for found in re.finditer(r"\bCOALESCE\(", code):
+    for found in re.finditer(r"\bCOALESCE\(", re.sub(r"\bRAISE\b[^;]*;", lambda found: "_" * len(found[0]), code)):
         yield found.start(), ending(code, found.end()) + 1, source[found.end() : ending(code, found.end(), ",")]
     for found in re.finditer(r"\bORDER BY ", code):
         end = ending(code, found.end(), r"\b(?:LIMIT|LOOP|OFFSET|INTO|FOR)\b")

@@ -679,3 +679,12 @@ def test_who_has_begun_a_request_is_given_time_to_end_it_at_the_end_of_the_servi
         thread.join(10)
         assert not thread.is_alive()
         assert 1.5 < time.monotonic() - began < 8
+
+
+def test_a_connection_that_rests_after_an_answer_is_ended(server, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "IDLE_TIMEOUT", 0.3)
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.settimeout(8)
+        sock.sendall(LIVE + b"\r\n")
+        assert read_answer(file).status == 200
+        assert file.read() == b""
