@@ -385,8 +385,9 @@ def test_a_full_notification_queue_does_not_keep_a_stop_from_committing(folder):
     assert any("nobody was notified" in warning for warning in warnings)
 
 
-def test_no_function_leaves_a_setting_behind_in_its_session(db, service, make_job):
-    """What it sets for its own transaction must not be what the next caller of a pooled session works with."""
+@pytest.mark.parametrize("is_local", [False, True])
+def test_no_function_leaves_a_setting_behind_in_its_session(db, service, make_job, is_local):
+    """What is set for one transaction must not be what the next caller of a pooled session works with."""
     going, locked, ended = make_job("going", running=2), make_job("locked", running=1), make_job("ended", status="failed")
     make_job("stuck", running=1)
     db.execute("UPDATE jobs SET created_at = now() - interval '1 hour', updated_at = now() - interval '1 hour' WHERE id = 'stuck'")
@@ -411,7 +412,11 @@ def test_no_function_leaves_a_setting_behind_in_its_session(db, service, make_jo
         "release_job('going', 'all clear', 'processing')",
         "release_job('stuck', 'it has no stop', 'processing')",
     ):
-        answer = service.execute(f"SELECT {call}").fetchone()[0]
+        with service.transaction():
+            if is_local:
+                service.execute("SET LOCAL lock_timeout = '321ms'")
+            answer, lock_timeout = service.execute(f"SELECT {call}, current_setting('lock_timeout')").fetchone()
+            assert lock_timeout == ("321ms" if is_local else "123ms"), call
         assert settings() == before, call
         assert answer.get("timed_out_count", 1) == answer.get("republished_count", 1) == 1 or call == "repair_stuck_jobs()"
     service.execute("SELECT * FROM emergency_stop_jobs(%s)", ([going, ended],)).fetchall()
