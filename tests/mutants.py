@@ -420,9 +420,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the sample (1)")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (2)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of a mutant (600)")
-    parser.add_argument(
-        "--unchecked", action="store_true", help="do not first see that the tests pass without a change"
-    )
+    parser.add_argument("--unchecked", action="store_true", help="do not see first that the tests pass unchanged")
     parser.add_argument("--list", action="store_true", help="show the mutants, and run nothing")
     parser.add_argument("--verbose", action="store_true", help="show the fate of each, not only of survivors")
     options = parser.parse_args()
@@ -453,9 +451,8 @@ def main() -> int:
     try:
         if not options.unchecked:
             workers.append(Worker(options.timeout * 2))
-            status, output = workers[0].run(
-                list(dict.fromkeys(name for mutant in found for name in test_modules(mutant)))
-            )
+            modules = dict.fromkeys(module for mutant in found for module in test_modules(mutant))
+            status, output = workers[0].run([*modules])
             if status != 0:
                 print(f"{output[-3_000:]}\nThe tests fail without any change: then they tell nothing of the mutants.")
                 return 2
