@@ -450,3 +450,13 @@ def test_a_table_that_is_locked_in_a_cloned_database_is_another_one(server_url, 
         clone.execute("LOCK TABLE jobs, executions IN ACCESS EXCLUSIVE MODE")
         assert blockers(job_id) == []
         clone.rollback()
+
+
+def test_nobody_is_in_their_own_way(make_job, hold):
+    """Else force would end the session that asks for the stop."""
+    job_id = make_job(running=2)
+    session = hold(HOLDS["a changed execution"], job_id)
+    session.execute(HOLDS["an open insert"], (job_id,))
+    session.execute(HOLDS["another locked table"])
+
+    assert session.execute("SELECT * FROM emergency_stop_blockers(%s)", (job_id,)).fetchall() == []
