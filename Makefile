@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help run test test-debian test-servers bench lint clean
+.PHONY: help run test test-debian test-servers mutants bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -20,6 +20,9 @@ test-debian: $(STAMP) .venv/debian  ## Run the whole suite on Debian's PostgreSQ
 test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poolers, standbys and shards (Debian, as root)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir gunicorn gevent waitress cheroot granian uwsgi
 	.venv/bin/python tests/in_two.py tests/servers $(ARGS)
+
+mutants: $(STAMP)  ## Break the code on purpose, and print what no test notices (hours; ARGS='--sample 50')
+	@.venv/bin/python tests/mutants.py $(ARGS)
 
 bench: .venv/debian-bench  ## Measure speed against its limits and its peers (Debian, as root; under ten minutes)
 	@/usr/bin/python3 -m venv .venv/bench/python  # Debian's own, which is built to be fast, whatever PYTHON is

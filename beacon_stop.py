@@ -877,7 +877,10 @@ class Request:
         is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
         if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
             raise HTTPError(411, "body has no length: expected a Content-Length")
-        length = limit + 1 if is_terminated else int(self.environ.get("CONTENT_LENGTH") or 0)
+        given = self.environ.get("CONTENT_LENGTH") or "0"
+        if not re.fullmatch(r"[0-9]{1,20}", given):
+            raise bad("Content-Length cannot be read: expected a whole number")
+        length = limit + 1 if is_terminated else int(given)
         data = b""
         while len(data) < length <= limit + 1 and (part := self.environ["wsgi.input"].read(length - len(data))):
             data += part

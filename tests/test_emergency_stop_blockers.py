@@ -4,13 +4,15 @@ import contextlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import psutil
 import psycopg
 import pytest
-from conftest import Client, change_function, count_active, in_thread, is_waiting, wait_until
+from conftest import Client, change_function, count_active, in_thread, is_waiting, new_database, wait_until
 from processes import suspended
+
+import beacon_stop
 
 STOP = "SELECT emergency_stop_job(%s)"
 FORCE = "SELECT emergency_stop_job(%s, force => true)"
@@ -423,3 +425,61 @@ def test_many_who_force_one_job_leave_connections_to_other_jobs(make_app, db, ma
         assert not any(call.done() for call in forced)
     assert {call.result().status for call in forced} == {200}
     assert [call.result().json["sessions_ended"] for call in forced if "sessions_ended" in call.result().json] == [1]
+
+
+def test_a_prepared_transaction_is_named_by_its_gid_and_keeps_force_from_ending_anybody(folder):
+    """PostgreSQL keeps none unless it is told so, and then only after a restart: hence a server of its own."""
+    with beacon_stop.embedded_postgres(folder) as url, psycopg.connect(url, autocommit=True) as db:
+        db.execute("ALTER SYSTEM SET max_prepared_transactions = 5")
+    with beacon_stop.embedded_postgres(folder) as url:
+        beacon_stop.init_db(url)
+        with psycopg.connect(url, autocommit=True) as db, closing(psycopg.connect(url)) as worker:
+            db.execute("INSERT INTO jobs (id, status) VALUES ('a', 'processing')")
+            db.execute("INSERT INTO executions (job_id, status) SELECT 'a', 'running' FROM generate_series(1, 3)")
+            db.execute("SET lock_timeout = '300ms'")
+            for gid, statement in {
+                "changed": "UPDATE executions SET output = '{}' WHERE id = 1",
+                "shared": "SELECT FROM executions WHERE id = 2 FOR SHARE",
+                "inserted": "INSERT INTO executions (job_id) VALUES ('a')",
+                "beside": "INSERT INTO jobs (id) VALUES ('b')",
+            }.items():
+                db.execute(f"BEGIN; {statement}; PREPARE TRANSACTION '{gid}'")
+            worker.execute("SELECT FROM executions WHERE id = 3 FOR UPDATE")
+
+            found = db.execute("SELECT * FROM emergency_stop_blockers('a') WHERE pid = 0").fetchall()
+            assert [row[:4] for row in found] == [
+                (0, gid, "postgres", "prepared transaction") for gid in ("changed", "inserted", "shared")
+            ]
+            assert all(0 <= seconds < 60 and query is None for *_, seconds, query in found)
+            with pytest.raises(psycopg.errors.LockNotAvailable, match="job 'a' is locked") as refused:
+                db.execute(FORCE, ("a",))
+            detail = json.loads(refused.value.diag.message_detail)
+            assert [one["application_name"] for one in detail["not_ended"]] == ["changed", "inserted", "shared"]
+            assert [one["pid"] for one in detail["blocked_by"]] == [0, 0, 0, worker.info.backend_pid]
+            assert is_alive(worker)
+
+            for gid in ("changed", "inserted", "shared"):
+                db.execute(f"ROLLBACK PREPARED '{gid}'")
+            answer = db.execute(FORCE, ("a",)).fetchone()[0]
+            assert (answer["executions_stopped"], answer["sessions_ended"]) == (3, 1)
+            db.execute("ROLLBACK PREPARED 'beside'")
+
+
+def test_a_table_that_is_locked_in_a_cloned_database_is_another_one(server_url, installed, make_job, blockers):
+    """Tables of databases that were cloned from the same template have the same numbers."""
+    job_id = make_job(running=1)
+
+    with new_database(server_url, installed.template_dbname) as clone:
+        clone.execute("LOCK TABLE jobs, executions IN ACCESS EXCLUSIVE MODE")
+        assert blockers(job_id) == []
+        clone.rollback()
+
+
+def test_nobody_is_in_their_own_way(make_job, hold):
+    """Else force would end the session that asks for the stop."""
+    job_id = make_job(running=2)
+    session = hold(HOLDS["a changed execution"], job_id)
+    session.execute(HOLDS["an open insert"], (job_id,))
+    session.execute(HOLDS["another locked table"])
+
+    assert session.execute("SELECT * FROM emergency_stop_blockers(%s)", (job_id,)).fetchall() == []

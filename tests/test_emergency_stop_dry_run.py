@@ -160,3 +160,11 @@ def test_a_hundred_beside_stops_of_the_same_jobs_keep_none_from_being_stopped(db
     assert len(rehearsed) == 100
     assert all(answer.get("executions_stopped", 5) == 5 or answer["action"] == "none" for answer in rehearsed)
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (50,)
+
+
+def test_the_ten_thousand_are_those_of_the_job_alone_in_whatever_active_state(make_job, dry_run):
+    large, small = make_job(pending=4_000, running=4_000, processing=2_001), make_job(running=1)
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="more than 10000 active executions"):
+        dry_run(large)
+    assert dry_run(small)["executions_stopped"] == 1

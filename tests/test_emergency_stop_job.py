@@ -381,3 +381,64 @@ def test_a_full_notification_queue_does_not_keep_a_stop_from_committing(folder):
 
             assert db.execute("SELECT emergency_stop_job('a')").fetchone()[0]["ok"]
     assert any("nobody was notified" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_no_function_leaves_a_setting_behind_in_its_session(db, service, make_job, is_local):
+    """What is set for one transaction must not be what the next caller of a pooled session works with."""
+    going, locked, ended = make_job("going", running=2), make_job("locked", running=1), make_job("ended", status="failed")
+    make_job("stuck", running=1)
+    db.execute("UPDATE jobs SET created_at = now() - interval '1 hour', updated_at = now() - interval '1 hour' WHERE id = 'stuck'")
+    db.execute("UPDATE executions SET created_at = now() - interval '1 hour' WHERE job_id = 'stuck'")
+    service.execute("SET lock_timeout = '123ms'; SET synchronous_commit = off; SET client_min_messages = notice")
+
+    def settings():
+        names = "SELECT name, setting FROM pg_settings WHERE source = 'session' ORDER BY name"
+        own = "SELECT current_setting('beacon_stop.stopping', true), current_setting('beacon_stop.releasing', true)"
+        return service.execute(names).fetchall(), [value or "" for value in service.execute(own).fetchone()]
+
+    before = settings()
+    for call in (
+        "emergency_stop_dry_run('going')",
+        "emergency_stop_status('going')",
+        "timeout_stuck_jobs('30 minutes')",
+        "repair_stuck_jobs()",
+        "emergency_stop_job('going')",
+        "emergency_stop_job('going')",
+        "emergency_stop_job('ended', 'x')",
+        "emergency_stop_job('nix')",
+        "release_job('going', 'all clear', 'processing')",
+        "release_job('stuck', 'it has no stop', 'processing')",
+    ):
+        with service.transaction():
+            if is_local:
+                service.execute("SET LOCAL lock_timeout = '321ms'")
+            answer, lock_timeout = service.execute(f"SELECT {call}, current_setting('lock_timeout')").fetchone()
+            assert lock_timeout == ("321ms" if is_local else "123ms"), call
+        assert settings() == before, call
+        assert answer.get("timed_out_count", 1) == answer.get("republished_count", 1) == 1 or call == "repair_stuck_jobs()"
+    service.execute("SELECT * FROM emergency_stop_jobs(%s)", ([going, ended],)).fetchall()
+    with db.transaction():
+        db.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (locked,))
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            service.execute("SELECT emergency_stop_job(%s)", (locked,))
+        assert settings() == before
+        service.execute("SELECT emergency_stop_job(%s, force => true)", ("ended",))
+    assert settings() == before
+
+
+@pytest.mark.parametrize("status", ["completed", "cancelled"])
+def test_a_job_that_ended_by_itself_is_not_locked_either(connect, db, make_job, status):
+    job_id, session = make_job(status=status, completed=1), connect(autocommit=False)
+
+    assert session.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["action"] == "none"
+    db.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE NOWAIT", (job_id,))
+    assert db.execute("SELECT pg_try_advisory_lock(job_barrier(%s))", (job_id,)).fetchone() == (True,)
+
+
+def test_a_job_that_has_the_mark_but_has_not_ended_is_stopped(db, make_job, stop):
+    """As a worker may have copied it from the metadata of another one."""
+    job_id = make_job(metadata={"emergency_stop": True})
+
+    assert stop(job_id)["message"] == "Job emergency stopped"
+    assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)

@@ -1180,3 +1180,16 @@ def test_random_interleavings_leave_no_survivor(connect, db, make_job, seed):
     assert problems == []
     assert stopper.execute("SELECT emergency_stop_job('a')").fetchone()[0]["ok"]
     assert count_active(db, "a") == 0
+
+
+def test_an_execution_of_no_job_is_not_given_to_one_that_has_ended(db, make_job, stop):
+    """Tables as people have them let an execution have no job."""
+    db.execute("ALTER TABLE executions ALTER job_id DROP NOT NULL")
+    db.execute("INSERT INTO executions (job_id, status) VALUES (NULL, 'running')")
+    job_id, other = make_job(), make_job()
+    stop(job_id)
+
+    with pytest.raises(REFUSED, match="no execution of it may start"):
+        db.execute("UPDATE executions SET job_id = %s", (job_id,))
+    db.execute("UPDATE executions SET job_id = %s", (other,))
+    assert count_active(db, other) == 1

@@ -5,13 +5,16 @@ import re
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
+import psutil
 import psycopg
 import psycopg_pool
 import pytest
 from conftest import (
     GENEROUS, SERVICE_PASSWORD, TOKEN, Client, count_active, new_database, slow_down_stops, url_of, wait_until,
 )  # fmt: skip
+from processes import suspended
 from psycopg.conninfo import make_conninfo
 
 import beacon_stop
@@ -1210,3 +1213,150 @@ def test_an_admin_call_without_a_route_is_logged_too(client, capsys):
         ("method not allowed", 405),
         ("no such route", 404),
     ]
+
+
+def test_beyond_the_most_clients_those_longest_unseen_are_forgotten_and_newcomers_limited():
+    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(1, 3600), max_clients=2)
+
+    def is_taken(client):
+        try:
+            limiter.take(client)
+        except beacon_stop.HTTPError:
+            return False
+        return True
+
+    assert [is_taken(client) for client in "abab"] == [True, True, False, False]
+    assert [is_taken(client) for client in "cc"] == [True, False], "in the place of a"
+    assert [is_taken(client) for client in "bc"] == [False, False]
+    assert [is_taken(client) for client in "abc"] == [True, True, True], "each in the place of the next"
+
+
+def test_a_client_is_told_how_long_to_wait_for_the_next_call():
+    now = [0.0]
+    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(6, 3600), clock=lambda: now[0])
+    for _ in range(6):
+        limiter.take("a")
+
+    for now[0], seconds in {0.0: 600, 0.5: 600, 100.0: 500, 599.9: 1}.items():  # noqa: B020
+        with pytest.raises(beacon_stop.HTTPError) as refused:
+            limiter.take("a")
+        assert (refused.value.headers, refused.value.details) == ({"Retry-After": str(seconds)}, {"retry_after": seconds})
+    now[0] = 600.0
+    limiter.take("a")
+
+
+def test_a_reason_of_1000_characters_and_an_actor_of_200_over_http(client, make_job, db):
+    job_id, reason, actor = make_job(running=1), "ä€𝄞x" * 250, "ä€𝄞x" * 50
+
+    answer = client.stop(job_id, json.dumps({"reason": reason, "actor": actor}).encode())
+    assert (answer.status, answer.json["reason"]) == (200, reason)
+    assert db.execute("SELECT reason, caller ->> 'actor' FROM emergency_stops").fetchone() == (reason, actor)
+
+
+def test_the_log_has_the_status_of_each_answer_and_the_client_behind_the_proxy(make_app, make_job, capsys):
+    client = Client(make_app(failed_rate="1/hour", trusted_proxies="1"))
+    behind = {"HTTP_X_FORWARDED_FOR": "192.0.2.7", "REMOTE_ADDR": "10.0.0.1"}
+    answers = [
+        client.stop(make_job(running=1), **behind),
+        client.stop("nix", **behind),
+        client.stop("nix", b"[", **behind),
+        client.stop("nix", token="wrong-but-long-enough", **behind),
+        client.stop("nix", token="wrong-but-long-enough", **behind),
+    ]
+
+    lines = log_lines(capsys)
+    assert [line["status"] for line in lines] == [answer.status for answer in answers] == [200, 404, 400, 403, 429]
+    assert {line["client"] for line in lines} == {"192.0.2.7"}
+
+
+def test_readers_are_sent_where_their_url_says_and_operators_are_not(make_app, make_job, service_url, db):
+    client = Client(make_app(read_database_url=make_conninfo(service_url, application_name="for readers")))
+    job_id = make_job(running=1)
+
+    def who_asked_last_for(function):
+        query = "SELECT DISTINCT application_name FROM pg_stat_activity WHERE query LIKE %s AND pid <> pg_backend_pid()"
+        return [name for (name,) in db.execute(query, (f"%{function}(%",))]
+
+    assert client("GET", f"/api/v1/jobs/{job_id}").status == 200
+    assert who_asked_last_for("get_job") == ["for readers"]
+    assert client("GET", "/api/v1/executions", query=f"job_id={job_id}").status == 200
+    assert who_asked_last_for("list_executions") == ["for readers"]
+    assert client("GET", f"/admin/jobs/{job_id}/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN).status == 200
+    assert who_asked_last_for("emergency_stop_status") == ["beacon-stop admin"]
+    assert client("GET", "/health/ready").status == 200
+    assert who_asked_last_for("emergency_stop_faults") == ["beacon-stop health"]
+
+
+def test_a_connection_that_is_read_only_is_not_kept(make_app, make_job, db):
+    """A primary has become a standby, and the URL has another host that is the primary now."""
+    client = Client(make_app(admin_pool="1"))
+    job_id = make_job(running=1)
+    db.execute(f"ALTER DATABASE {db.info.dbname} SET default_transaction_read_only = on")
+    assert client.stop(job_id).json == {"error": "database is read-only"}
+    db.execute(f"ALTER DATABASE {db.info.dbname} RESET default_transaction_read_only")
+
+    assert client.stop(job_id).json["executions_stopped"] == 1
+
+
+def test_of_a_silent_server_no_other_connection_is_tried(make_app, make_job, monkeypatch):
+    """Each of them would take as long."""
+    monkeypatch.setattr(beacon_stop, "SILENCE", 1.0)
+    app = make_app(read_pool="4", statement_timeout="100ms")
+    client, path = Client(app), f"/api/v1/jobs/{make_job()}"
+    assert client("GET", path).status == 200
+    with ExitStack() as stack:
+        connections = [stack.enter_context(app.read_pool.connection()) for _ in range(4)]
+        silent = [psutil.Process(connection.info.backend_pid) for connection in connections]
+
+    with suspended(*silent):
+        started = time.monotonic()
+        assert client("GET", path).status == 200
+        assert time.monotonic() - started < 3
+
+
+def test_a_call_that_the_database_works_at_is_not_taken_for_silence(make_app, make_job, db, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "SILENCE", 0.2)
+    client = Client(make_app(admin_pool="1", statement_timeout="10s"))
+    assert client.stop(make_job()).status == 200
+    slow_down_stops(db, 1)
+
+    assert client.stop(make_job(running=1)).json["message"] == "Job emergency stopped"
+
+
+def test_once_the_database_is_known_to_be_away_nobody_waits_long_for_it(make_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 20.0)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
+    app = make_app(database_url="postgresql://127.0.0.1:9/nowhere")
+    app.open()
+    wait_until(lambda: app.admin_pool.is_away and app.read_pool.is_away)
+    client = Client(app)
+
+    started = time.monotonic()
+    assert client.stop("a").json == client("GET", "/api/v1/jobs/a").json == {"error": "database unavailable"}
+    assert time.monotonic() - started < 5
+
+
+def test_all_of_an_ipv6_network_of_64_bits_is_one_client():
+    first, last, beyond = "2001:db8:0:7::", "2001:db8:0:7:ffff:ffff:ffff:ffff", "2001:db8:0:8::"
+
+    assert beacon_stop.read_address(first) == beacon_stop.read_address(last) != beacon_stop.read_address(beyond)
+
+
+@pytest.mark.parametrize("length", ["+2", " 2", "0_2", "2.0", "-2", "2" * 30])
+def test_a_content_length_that_is_no_number_is_refused(make_app, length):
+    """As some servers hand it on. They are told so before they are asked for a byte."""
+    started = []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/admin/jobs/nix/emergency-stop", "CONTENT_LENGTH": length,
+               "HTTP_X_ADMIN_TOKEN": TOKEN, "wsgi.input": None}  # fmt: skip
+
+    (body,) = make_app()(environ, lambda status, headers: started.append(status))
+    assert (started, json.loads(body)["error"][:14]) == (["400 Bad Request"], "Content-Length")
+
+
+def test_a_body_that_the_server_delimits_is_read_to_its_end_and_bounded(client, make_job):
+    job_id, reason = make_job(running=1), "to the very end"
+    chunked = {"CONTENT_LENGTH": "", "HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
+    body = json.dumps({"reason": reason}).encode().rjust(16 * 1024)
+
+    assert client.stop(job_id, b" " + body, **chunked).status == 413
+    assert client.stop(job_id, body, **chunked).json["reason"] == reason

@@ -219,6 +219,7 @@ def test_a_job_that_a_trigger_of_the_application_keeps_failed_is_left(connect, d
 
 LOCKS = {
     "a locked job": "SELECT FROM jobs WHERE id = %(id)s FOR UPDATE",
+    "a shared job": "SELECT FROM jobs WHERE id = %(id)s FOR SHARE",
     "a barrier taken alone": "SELECT pg_advisory_xact_lock(job_barrier(%(id)s))",
     "a barrier shared": "SELECT pg_advisory_xact_lock_shared(job_barrier(%(id)s))",
     "an open batch": "SELECT repair_stuck_jobs(max_jobs => 1)",
@@ -362,3 +363,12 @@ def test_the_record_is_append_only(db, service, make_job, repair):
     ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
             service.execute(change)
+
+
+def test_the_first_to_fail_come_first_whatever_the_plan(db, service, make_job, repair):
+    jobs = [make_job(status="failed") for _ in AGES]
+    for job_id, minutes in zip(jobs, AGES, strict=True):
+        age(db, minutes, job_id)
+    service.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
+
+    assert ids(repair()) == [jobs[number] for number in (3, 5, 1, 4, 0, 2)]

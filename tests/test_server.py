@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -648,3 +649,97 @@ def test_too_many_connections_end_those_whose_time_is_up_next(serve_app, shared_
     finally:
         for sock in slow:
             sock.close()
+
+
+def test_a_body_of_16_kib_on_the_wire_and_not_one_byte_more(server):
+    def post(size):
+        return exchange(server.url, STOP + f"Content-Length: {size}\r\n\r\n".encode() + b"{}".ljust(size))
+
+    assert [answer.status for answer in post(16 * 1024)] == [404]
+    assert [answer.status for answer in post(16 * 1024 + 1)] == [413]
+
+
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [(LIVE, b"x"), (LIVE, b"X-A: b\r\n"), (STOP + b"Content-Length: 9999\r\n\r\n", b"x")],
+    ids=["a byte of a header", "a header", "a byte of a body"],
+)
+def test_something_now_and_then_does_not_put_off_the_end_of_a_request(server, monkeypatch, begun, more):
+    monkeypatch.setattr(beacon_stop, "READ_TIMEOUT", 0.5)
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(begun)
+
+        for _ in range(60):
+            if select.select([sock], [], [], 0.05)[0]:
+                break
+            sock.sendall(more)
+        else:
+            pytest.fail("it was put off")
+        assert read_answer(file).status == 408
+        assert file.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("request_line", "header", "is_kept"),
+    [
+        (b"GET /health/live HTTP/1.1", b"", True),
+        (b"GET /health/live HTTP/1.1", b"Connection: Close\r\n", False),
+        (b"GET /health/live HTTP/1.0", b"", False),
+        (b"GET /health/live HTTP/1.0", b"Connection: keep-alive\r\n", False),
+    ],
+)
+def test_a_connection_is_kept_for_the_next_request_only_where_both_know_of_it(server, request_line, header, is_kept):
+    request = request_line + b"\r\nHost: x\r\n" + header + b"\r\n"
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.sendall(request)
+        answer = read_answer(file)
+        assert (answer.status, answer.headers.get("Connection")) == (200, None if is_kept else "close")
+        if is_kept:
+            sock.sendall(request)
+            assert read_answer(file).status == 200
+        else:
+            assert file.read() == b""
+
+
+def test_a_hangup_ends_the_service_like_sigterm(start_service):
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by nohup, with which the tests may have been started
+    try:
+        service = start_service()
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+
+    service.process.send_signal(signal.SIGHUP)
+    assert service.process.wait(5) == 0
+
+
+def test_who_has_begun_a_request_is_given_time_to_end_it_at_the_end_of_the_service(make_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "GRACE_SECONDS", 2.0)
+    server = beacon_stop.Server(make_app(), "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with connect_to(server.url) as prompt, connect_to(server.url) as slow, prompt.makefile("rb") as file:
+        prompt.sendall(LIVE)
+        slow.sendall(LIVE)
+        wait_until(lambda: len(server.connections) == 2)
+        wait_until(lambda: all(client and client.phase == "reading" for client in server.connections.copy().values()))
+        server.stop()
+        began = time.monotonic()
+        wait_until(lambda: not accepts_connections(server.port))
+
+        prompt.sendall(b"\r\n")
+        answer = read_answer(file)
+        assert (answer.status, answer.headers["Connection"], file.read()) == (200, "close", b"")
+        assert slow.recv(1_000).startswith(b"HTTP/1.1 408 ")
+        thread.join(10)
+        assert not thread.is_alive()
+        assert 1.5 < time.monotonic() - began < 8
+
+
+def test_a_connection_that_rests_after_an_answer_is_ended(server, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "IDLE_TIMEOUT", 0.3)
+    with connect_to(server.url) as sock, sock.makefile("rb") as file:
+        sock.settimeout(8)
+        sock.sendall(LIVE + b"\r\n")
+        assert read_answer(file).status == 200
+        assert file.read() == b""

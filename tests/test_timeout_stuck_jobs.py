@@ -304,6 +304,7 @@ LOCKS = {
     "an open insert": "INSERT INTO executions (job_id, created_at) VALUES (%(id)s, now() - interval '1 hour')",
     "a locked execution": "SELECT FROM executions WHERE job_id = %(id)s LIMIT 1 FOR UPDATE",
     "a locked job": "SELECT FROM jobs WHERE id = %(id)s FOR UPDATE",
+    "a shared job": "SELECT FROM jobs WHERE id = %(id)s FOR SHARE",
     "an open stop": "SELECT emergency_stop_job(%(id)s)",
     "an open batch": "SELECT timeout_stuck_jobs(max_jobs => 1)",
 }
@@ -755,3 +756,14 @@ def test_the_routes_are_guarded_like_the_stop(shared_client, make_app, path):
         "error": "body is not a JSON object: expected one such as {} or no body"
     }
     assert shared_client("POST", path, b"{}", query=f"{ROUTES[path][0]}={ROUTES[path][1]}", **token).status == 200
+
+
+def test_the_oldest_come_first_whatever_the_plan_and_first_of_all_those_never_updated(db, service, make_job, time_out):
+    jobs = [make_job() for _ in AGES]
+    for job_id, minutes in zip(jobs, AGES, strict=True):
+        age(db, minutes, job_id)
+    db.execute("ALTER TABLE jobs ALTER updated_at DROP NOT NULL")
+    db.execute("UPDATE jobs SET updated_at = NULL WHERE id = %s", (jobs[4],))
+    service.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
+
+    assert ids(time_out()) == [jobs[number] for number in (4, 3, 5, 1, 0, 2)]
