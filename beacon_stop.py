@@ -754,7 +754,7 @@ class Application:
 
     def list_executions(self, request: Request) -> chain[bytes]:
         """The listing in parts, each read as the caller takes it: one that is slow or gone holds no connection."""
-        job_id, status, after = (request.read_query(name) for name in ("job_id", "status", "after"))
+        job_id, status, after = (request.read_text(name) for name in ("job_id", "status", "after"))
         if job_id is None:
             raise bad("job_id is missing: expected ?job_id=ID")
         limit = request.read_number("limit", 2**63 - 1, 2**63 - 1)
@@ -836,7 +836,7 @@ class Request:
         return read_address(address) or address
 
     def read_query(self, name: str) -> str | None:
-        """The named parameter, None where the query has none; raises HTTPError 400 if it is empty, or there twice."""
+        """The named parameter, None where the query has none; raises HTTPError 400 if it is there twice."""
         text = self.environ.get("QUERY_STRING", "")
         try:  # bytes that were not percent-encoded arrive as Latin-1 characters
             query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
@@ -845,10 +845,15 @@ class Request:
             raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
         if len(values) > 1:
             raise bad(f"{name} is given {len(values)} times: expected once")
-        return checked_text(values[0], name.replace("_", " "), MAX_ID) if values else None
+        return values[0] if values else None
+
+    def read_text(self, name: str) -> str | None:
+        text = self.read_query(name)
+        return text if text is None else checked_text(text, name.replace("_", " "))
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        text = self.read_query(name) or str(default)
+        text = self.read_query(name)
+        text = str(default) if text is None else text
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
             raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")
         return int(text)
@@ -1076,8 +1081,11 @@ class Client(WSGIRequestHandler):
     def expect(self, phase: str, seconds: float) -> None:
         """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
         self.began = time.monotonic()
-        self.deadline = self.began + seconds
-        self.server.connections[self.connection] = phase, self.deadline
+        self.server.connections[self.connection] = phase, self.began + seconds
+
+    def require_in_time(self) -> None:
+        if self.connection not in self.server.connections:
+            raise HTTPError(408, "request did not arrive in time")
 
     def handle_one_request(self) -> None:
         self.close_connection, self.expects_continue, self.body_left = True, False, 0.0
@@ -1118,8 +1126,7 @@ class Client(WSGIRequestHandler):
         if len(head) > MAX_HEAD:
             raise HTTPError(431, f"headers are too large: expected at most {MAX_HEAD} bytes")
         if not (match := HEAD.fullmatch(head)):
-            if time.monotonic() >= self.deadline:
-                raise HTTPError(408, "request did not arrive in time")
+            self.require_in_time()
             raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
         first, _, lines = head.partition("\r\n")
         connection, self.rfile = self.rfile, BytesIO(lines.encode("latin-1"))
@@ -1156,8 +1163,7 @@ class Client(WSGIRequestHandler):
             self.expects_continue = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.rfile.read(int(min(size, self.body_left)))
-        if time.monotonic() >= self.deadline:
-            raise HTTPError(408, "request did not arrive in time")
+        self.require_in_time()
         self.body_left -= len(data)
         if not self.body_left:
             self.expect("working", math.inf)

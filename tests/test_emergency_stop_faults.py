@@ -315,7 +315,6 @@ def test_readiness_keeps_no_lock_that_a_stop_waits_for(db, connect, service_url,
     """What it asks, in a transaction that stays open: each lock that it takes, if only for a moment, is still there."""
     job_id = make_job(running=42)
     check, operator = connect(service_url, autocommit=False), connect(service_url)
-    assert check.execute(beacon_stop.MISSING_FUNCTIONS, (beacon_stop.FUNCTIONS,)).fetchall() == []
     assert check.execute(FAULTS).fetchall() == []
 
     locks = db.execute(

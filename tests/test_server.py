@@ -714,7 +714,7 @@ def test_a_hangup_ends_the_service_like_sigterm(start_service):
 
 
 def test_who_has_begun_a_request_is_given_time_to_end_it_at_the_end_of_the_service(make_app, monkeypatch):
-    monkeypatch.setattr(beacon_stop, "GRACE_SECONDS", 2.0)
+    monkeypatch.setitem(beacon_stop.PATIENCE, "reading", 2.0)
     server = beacon_stop.Server(make_app(), "127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -722,7 +722,7 @@ def test_who_has_begun_a_request_is_given_time_to_end_it_at_the_end_of_the_servi
         prompt.sendall(LIVE)
         slow.sendall(LIVE)
         wait_until(lambda: len(server.connections) == 2)
-        wait_until(lambda: all(client and client.phase == "reading" for client in server.connections.copy().values()))
+        wait_until(lambda: {phase for phase, _ in server.connections.copy().values()} == {"reading"})
         server.stop()
         began = time.monotonic()
         wait_until(lambda: not accepts_connections(server.port))
