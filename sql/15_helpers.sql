@@ -10,18 +10,18 @@ BEGIN
         FROM (VALUES ('to_job_id', 'jobs'), ('to_execution_id', 'executions')) AS f (name, table_name)
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
     LOOP
-        -- An assignment refuses what is too long for a varchar; a cast would cut it.
+        -- The assignment refuses what is too long for the column; a cast to varchar(n) would cut it.
         EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql IMMUTABLE '
                        'SET search_path FROM CURRENT AS %L', v_function.name, v_function.id_type,
                        format(CASE v_function.id_type WHEN 'text'::regtype THEN 'BEGIN RETURN id; END' ELSE '
 DECLARE
     v_id %I.id%%TYPE;
 BEGIN
-    v_id := id;
+    v_id := id::%s;
     RETURN v_id;
 EXCEPTION WHEN data_exception THEN
     RETURN NULL;
-END' END, v_function.table_name));
+END' END, v_function.table_name, v_function.id_type));
     END LOOP;
 END;
 $$;

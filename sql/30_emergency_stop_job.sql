@@ -204,7 +204,7 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := fail_job.id;
-    v_output  CONSTANT jsonb := '{"error": "Emergency stop by admin", "emergency_stop": true}';
+    v_output  CONSTANT jsonb := jsonb '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_updated bigint;
     v_jobs    bigint;
 BEGIN
@@ -306,7 +306,7 @@ DECLARE
     v_has_ended    boolean;
     v_at           CONSTANT timestamptz := clock_timestamp();
     v_stopped_at   text;  -- NULL where there is nothing to stop
-    v_executions   bigint := 0;
+    v_executions   bigint := 0::bigint;
     v_left_alone   jsonb;
 BEGIN
     IF attempt > 1 THEN
@@ -370,13 +370,13 @@ SET row_security = off
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END;
+    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_deadline     timestamptz := clock_timestamp() + v_patience;
     v_id           jobs.id%TYPE;
     v_barrier      bigint;
     v_barred       boolean := false;  -- whether we have the barrier
     v_began        timestamptz;
-    v_wait         interval := '5ms';
+    v_wait         interval := interval '5ms';
     v_attempt      int := 1;
     v_ended        int;  -- sessions, once force has been used
     v_gone         int;
