@@ -40,7 +40,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psycopg
-from conftest import new_folder_in_memory
+from conftest import new_folder
 
 import beacon_stop
 
@@ -350,7 +350,7 @@ class Worker:
         self.url = ""
 
     def start_server(self) -> None:
-        folder = self.server.enter_context(new_folder_in_memory())
+        folder = self.server.enter_context(new_folder())
         self.url = self.server.enter_context(beacon_stop.embedded_postgres(Path(folder)))
         with psycopg.connect(self.url, autocommit=True) as db:
             db.execute("ALTER SYSTEM SET fsync = off")
