@@ -10,7 +10,7 @@ BEGIN
         FROM (VALUES ('to_job_id', 'jobs'), ('to_execution_id', 'executions')) AS f (name, table_name)
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
     LOOP
-        -- The assignment refuses what is too long for the column; a cast to varchar(n) would cut it.
+        -- The assignment refuses what is too long for the column; a cast to varchar(n) would cut it. Both cut spaces.
         EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql IMMUTABLE '
                        'SET search_path FROM CURRENT AS %L', v_function.name, v_function.id_type,
                        format(CASE v_function.id_type WHEN 'text'::regtype THEN 'BEGIN RETURN id; END' ELSE '
@@ -18,7 +18,7 @@ DECLARE
     v_id %I.id%%TYPE;
 BEGIN
     v_id := id::%s;
-    RETURN v_id;
+    RETURN CASE WHEN v_id::text || '' '' = left(id, length(v_id::text) + 1) THEN NULL ELSE v_id END;
 EXCEPTION WHEN data_exception THEN
     RETURN NULL;
 END' END, v_function.table_name, v_function.id_type));

@@ -92,7 +92,6 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id    CONSTANT jobs.id%TYPE := lock_rows.id;
-    v_chunk CONSTANT interval := 0.8 * current_setting('deadlock_timeout')::interval;
     v_rest  interval := wait;
     v_held  record;
     v_began timestamptz;
@@ -113,25 +112,13 @@ BEGIN
         EXCEPT
         SELECT f.id FROM free f
     LOOP
-        -- PostgreSQL looks for a deadlock when a wait has lasted for deadlock_timeout, and ends that wait if it finds one.
-        -- A worker that is about to give way at the barrier is enough for it. So each wait is shorter than that.
-        LOOP
-            v_began := clock_timestamp();
-            BEGIN
-                PERFORM limit_lock_wait(least(v_rest, v_chunk));
-                PERFORM
-                FROM executions e
-                WHERE e.id = v_held.id AND e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
-                FOR NO KEY UPDATE;
-                v_rest := v_rest - (clock_timestamp() - v_began);
-                EXIT;
-            EXCEPTION WHEN lock_not_available THEN
-                v_rest := v_rest - (clock_timestamp() - v_began);
-                IF v_rest <= '0' THEN
-                    RAISE;
-                END IF;
-            END;
-        END LOOP;
+        v_began := clock_timestamp();
+        PERFORM limit_lock_wait(v_rest);
+        PERFORM
+        FROM executions e
+        WHERE e.id = v_held.id AND e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
+        FOR NO KEY UPDATE;
+        v_rest := v_rest - (clock_timestamp() - v_began);
     END LOOP;
     PERFORM lock_job_row(lock_rows.id, v_rest, lock_table => true);
 END;
@@ -176,9 +163,22 @@ BEGIN
 END;
 $$;
 
--- require_stopped(id, at, left_alone): raises 27000 if the job, or an execution that was failed at this time, is not failed
--- and marked, or if left_alone has executions that are active.
-CREATE OR REPLACE FUNCTION require_stopped(id text, at timestamptz, left_alone jsonb)
+-- marked_executions(id): how many executions of a job are failed, with the mark of a stop.
+CREATE OR REPLACE FUNCTION marked_executions(id text)
+RETURNS bigint LANGUAGE plpgsql STABLE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id CONSTANT jobs.id%TYPE := marked_executions.id;
+BEGIN
+    RETURN (SELECT count(*) FROM executions e
+            WHERE e.job_id = v_id AND e.status = 'failed' AND e.output @> '{"emergency_stop": true}');
+END;
+$$;
+
+-- require_stopped(id, new_status, marked, left_alone): raises 27000 if the job has not this status and the mark, if not so
+-- many of its executions are failed and marked, or if left_alone has executions that are active.
+CREATE OR REPLACE FUNCTION require_stopped(id text, new_status text, marked bigint, left_alone jsonb)
 RETURNS void LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
@@ -186,20 +186,16 @@ DECLARE
     v_id        CONSTANT jobs.id%TYPE := require_stopped.id;
     v_status    text;
     v_is_marked boolean;
-    v_unmarked  CONSTANT bigint := (
-        SELECT count(*)
-        FROM executions e
-        WHERE e.job_id = v_id AND e.status = 'failed' AND e.completed_at = require_stopped.at
-          AND (e.output @> '{"emergency_stop": true}') IS NOT TRUE);
+    v_unmarked  CONSTANT bigint := COALESCE(marked - marked_executions(id), 0);
 BEGIN
     SELECT j.status, j.metadata @> '{"emergency_stop": true}' INTO v_status, v_is_marked FROM jobs j WHERE j.id = v_id;
     IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}'
-       OR (v_status IN ('completed', 'failed', 'cancelled') AND v_is_marked) IS NOT TRUE THEN
+       OR (v_status = new_status AND v_is_marked) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
             USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
                                    quote_literal(require_stopped.id)),
                   DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. '
-                                  'Executions without the mark: %s.', COALESCE(v_status, 'gone'),
+                                  'Executions that are not failed and marked: %s.', COALESCE(v_status, 'gone'),
                                   COALESCE(v_is_marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
                   HINT = 'Look at the triggers and rules of the tables jobs and executions (\d in psql), '
                          'and disable the one that does it.';
@@ -207,11 +203,12 @@ BEGIN
 END;
 $$;
 
--- fail_job(id, mark, at): fails a job and its active executions, those included that triggers start meanwhile.
+-- fail_job(id, new_status, mark, at): gives a job this status and mark, and fails its active executions, those included
+-- that triggers start meanwhile.
 -- Returns  executions_stopped, how many executions it has failed; left_alone, as unfinished_executions
 -- Raises   triggered_data_change_violation (27000)  a trigger or a rule of the application's undid it
 CREATE OR REPLACE FUNCTION fail_job(
-    id text, mark jsonb, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
+    id text, new_status text, mark jsonb, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
@@ -220,8 +217,15 @@ DECLARE
     v_output  CONSTANT jsonb := jsonb '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_updated bigint;
     v_jobs    bigint;
+    v_marked  bigint;  -- executions of earlier stops, where something can change what is written
 BEGIN
     executions_stopped := 0;
+    -- Triggers that fire before ours, and rules.
+    IF EXISTS (SELECT FROM pg_trigger t
+               WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass) AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
+       OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
+        v_marked := marked_executions(fail_job.id);
+    END IF;
     PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
     FOR v_round IN 1..10 LOOP
         -- as_object() is written out here, because calling a function for each row would cost more than the rest.
@@ -237,7 +241,7 @@ BEGIN
         executions_stopped := executions_stopped + v_updated;
         IF v_round = 1 THEN
             UPDATE jobs j
-            SET status = CASE WHEN j.status IN ('completed', 'cancelled') THEN j.status ELSE 'failed' END,
+            SET status = new_status,
                 updated_at = fail_job.at,
                 metadata = CASE WHEN j.metadata IS NULL THEN mark
                                 -- Without the reason of the last stop. A reason of somebody else's stays.
@@ -254,13 +258,8 @@ BEGIN
     END LOOP;
     PERFORM set_config('beacon_stop.stopping', '', true);
 
-    -- Only triggers that fire before ours, and rules, can change what was written.
-    IF v_jobs <> 1 OR left_alone ?| '{pending,running,processing}'
-       OR EXISTS (SELECT FROM pg_trigger t
-                  WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass) AND NOT t.tgisinternal
-                    AND t.tgtype & 18 = 18)
-       OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
-        PERFORM require_stopped(fail_job.id, fail_job.at, left_alone);
+    IF v_marked IS NOT NULL OR v_jobs <> 1 OR left_alone ?| '{pending,running,processing}' THEN
+        PERFORM require_stopped(fail_job.id, new_status, v_marked + executions_stopped, left_alone);
     END IF;
 END;
 $$;
@@ -316,6 +315,7 @@ AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := attempt_stop.id;
     v_status       text;
+    v_new_status   text;
     v_has_ended    boolean;
     v_at           CONSTANT timestamptz := clock_timestamp();
     v_stopped_at   text;  -- NULL where there is nothing to stop
@@ -340,13 +340,12 @@ BEGIN
         RETURN json_build_object('error', 'job not found', 'job_id', asked_id);
     END IF;
 
-    IF v_has_ended THEN
-        v_left_alone := unfinished_executions(attempt_stop.id);
-    END IF;
+    v_new_status := CASE WHEN v_has_ended THEN v_status ELSE 'failed' END;
+    v_left_alone := CASE WHEN v_has_ended THEN unfinished_executions(attempt_stop.id) END;
     IF v_has_ended IS NOT TRUE OR v_left_alone ?| '{pending,running,processing}' THEN
         v_stopped_at := to_char(v_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
         SELECT f.executions_stopped, f.left_alone INTO v_executions, v_left_alone
-        FROM fail_job(attempt_stop.id, jsonb_strip_nulls(jsonb_build_object(
+        FROM fail_job(attempt_stop.id, v_new_status, jsonb_strip_nulls(jsonb_build_object(
                  'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)), v_at) f;
         PERFORM notify_workers('emergency_stop', json_build_object(
             'job_id', asked_id, 'stopped_at', v_stopped_at, 'executions_stopped', v_executions));
@@ -355,7 +354,7 @@ BEGIN
     IF v_stopped_at IS NOT NULL OR v_status = 'failed' AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
         INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason,
                                      caller, stopped_at)
-        VALUES ('stop', attempt_stop.id, v_status, CASE WHEN v_has_ended THEN v_status ELSE 'failed' END, v_executions,
+        VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
     END IF;
     PERFORM pg_advisory_xact_lock_shared(barrier);  -- by which emergency_stop_blockers knows a stop that is done
@@ -385,7 +384,7 @@ DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_deadline     timestamptz := clock_timestamp() + v_patience;
-    v_id           jobs.id%TYPE;
+    v_id           CONSTANT jobs.id%TYPE := to_job_id(id);
     v_barrier      bigint;
     v_barred       boolean := false;  -- whether we have the barrier
     v_began        timestamptz;
@@ -406,11 +405,9 @@ BEGIN
         PERFORM limit_lock_wait(v_patience);
     END IF;
 
-    BEGIN
-        v_id := id;
-    EXCEPTION WHEN data_exception THEN  -- the type of the column cannot hold this id
+    IF v_id IS NULL THEN  -- the type of the column cannot hold this id
         RETURN json_build_object('error', 'job not found', 'job_id', id);
-    END;
+    END IF;
     v_barrier := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
     LOOP
         v_began := clock_timestamp();
@@ -437,7 +434,7 @@ BEGIN
             v_deadline := clock_timestamp() + '100ms';
         ELSE
             v_ended := v_gone;
-            v_deadline := clock_timestamp() + v_patience;
+            v_deadline := clock_timestamp() + greatest(v_patience, '1s');
         END IF;
         v_wait := '20ms';
     END LOOP;

@@ -171,6 +171,8 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_messages CONSTANT text := current_setting('client_min_messages');
+    -- emergency_stop_jobs() has waited before, without a stop that waits.
+    v_waited   CONSTANT interval := COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
     v_held     record;
 BEGIN
     -- Only who was there when the wait began has held the job for that long. Where all have come since, all are named.
@@ -178,8 +180,8 @@ BEGIN
            COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s)) AS holders,
            json_agg(s) FILTER (WHERE force AND o.overdue AND NOT h.may_be_ended) AS not_ended
     INTO v_held
-    FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - patience) h
-    CROSS JOIN LATERAL (SELECT COALESCE(h.transaction_seconds >= extract(epoch FROM patience), true) AS overdue) o
+    FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - v_waited) h
+    CROSS JOIN LATERAL (SELECT COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
     CROSS JOIN LATERAL (
         SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query) s;
 

@@ -1,7 +1,7 @@
 -- emergency_stop_jobs(ids, reason, caller, force, patience): stops several jobs in one transaction, each as
 -- emergency_stop_job does: one commit, one flush. A job that others hold does not hold up the others; it is left out,
 -- to be tried again. caller is one object for all of them, or an array with an object for each. force ends the sessions
--- that hold a job, if all their transactions are older than lock_timeout (10 s where that is 0).
+-- that have held a job for lock_timeout (10 s where that is 0), and no others.
 -- Returns  a row for each id, in the order given: id, and summary, which is emergency_stop_job's answer, or
 --          {"error": "job is locked", "job_id": "a", "blocked_by": [...]} where others held the job for longer than
 --          patience (with "not_ended", as emergency_stop_job says): of that job nothing was changed
@@ -21,6 +21,9 @@ DECLARE
     v_detail       text;
 BEGIN
     PERFORM require_read_committed('emergency_stop_jobs');
+    IF force THEN  -- only against those who have held a job for lock_timeout
+        PERFORM set_config('beacon_stop.waited', v_held_for::text, true);
+    END IF;
     FOR v_job IN  -- in one order for all callers, so that two of them do not wait for each other
         SELECT j.id, j.number,
                CASE jsonb_typeof(caller) WHEN 'array' THEN caller -> (j.number - 1)::int ELSE caller END AS caller
@@ -29,9 +32,7 @@ BEGIN
     LOOP
         BEGIN
             PERFORM limit_lock_wait(patience);
-            v_summaries[v_job.number] := emergency_stop_job(v_job.id, reason, caller => v_job.caller, force =>
-                force AND NOT EXISTS (SELECT FROM emergency_stop_blockers(v_job.id) b
-                                      WHERE b.transaction_seconds < extract(epoch FROM v_held_for)));
+            v_summaries[v_job.number] := emergency_stop_job(v_job.id, reason, force, v_job.caller);
         EXCEPTION WHEN lock_not_available THEN
             GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
             v_summaries[v_job.number] := CASE
@@ -44,7 +45,7 @@ BEGIN
         END;
     END LOOP;
     -- Before the commit, in which NOTIFY waits for others who are committing.
-    PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    PERFORM set_config('lock_timeout', v_lock_timeout, true), set_config('beacon_stop.waited', '', true);
     RETURN QUERY SELECT j.id, j.summary FROM unnest(ids, v_summaries) AS j (id, summary);
 END;
 $$;

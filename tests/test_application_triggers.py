@@ -74,6 +74,12 @@ UNDOING = {
     "a trigger that keeps the executions' status": ("executions", "NEW.status := OLD.status; RETURN NEW;"),
     "a trigger that drops keys of the metadata": ("jobs", "NEW.metadata := NEW.metadata - 'emergency_stop'; RETURN NEW;"),
     "a trigger that drops keys of the output": ("executions", "NEW.output := NEW.output - 'emergency_stop'; RETURN NEW;"),
+    "a trigger that drops the mark and sets another time": (
+        "executions",
+        "NEW.output := OLD.output; NEW.completed_at := now() - interval '1 h'; RETURN NEW;",
+    ),
+    "a trigger that queues what fails": ("executions", "NEW.status := 'queued'; RETURN NEW;"),
+    "a trigger that cancels the job instead": ("jobs", "NEW.status := 'cancelled'; RETURN NEW;"),
     "a rule on the job": ("jobs", "NOTHING"),
     "a rule on executions": ("executions", "NOTHING"),
     "a rule that updates another table": ("jobs", "UPDATE elsewhere SET status = NEW.status"),

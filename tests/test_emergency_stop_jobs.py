@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,6 +109,35 @@ def test_force_ends_those_whose_transactions_are_older_than_the_lock_timeout_and
     assert (first["executions_stopped"], first["sessions_ended"]) == (1, 1)
     assert [holder["pid"] for holder in second["blocked_by"]] == [young.info.backend_pid]
     young.rollback()
+
+
+def test_force_ends_the_old_holder_of_a_job_whose_workers_come_and_go(make_app, connect, db, make_job):
+    """A first version of this did nothing if one of the holders was young, as each worker's transaction is."""
+    job_id = make_job(running=1)
+    client = Client(make_app(lock_timeout="500ms"))
+    old, worker, ended = connect(autocommit=False), connect(autocommit=False), threading.Event()
+
+    def work():
+        while not ended.is_set():
+            try:
+                worker.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
+                ended.wait(0.02)
+                worker.commit()
+            except (psycopg.errors.SerializationFailure, psycopg.errors.ObjectNotInPrerequisiteState):
+                worker.rollback()
+
+    old.execute("SELECT FROM executions WHERE job_id = %s FOR UPDATE", (job_id,))
+    with in_thread(work):
+        try:
+            wait_until(lambda: count_active(db, job_id) > 3)
+            body = json.dumps({"job_ids": [job_id], "force": True}).encode()
+            answer = client("POST", "/admin/emergency-stop", body, HTTP_X_ADMIN_TOKEN=TOKEN)
+        finally:
+            ended.set()
+    (result,) = answer.json["results"]
+    assert (answer.json["stopped"], result["message"], result["sessions_ended"]) == (1, "Job emergency stopped", 1)
+    assert old.closed or pytest.raises(psycopg.OperationalError, old.execute, "SELECT 1")
+    assert count_active(db, job_id) == 0
 
 
 def test_two_calls_over_the_same_jobs_in_opposite_orders(connect, db, make_job):
