@@ -16,29 +16,28 @@ SET search_path FROM CURRENT
 SET row_security = off
 AS $$
 DECLARE
-    v_id           CONSTANT jobs.id%TYPE := to_job_id(admit_execution.job_id);
-    v_barrier      CONSTANT bigint := job_barrier(admit_execution.job_id);
-    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_status       text;
+    v_id      CONSTANT jobs.id%TYPE := to_job_id(admit_execution.job_id);
+    v_barrier CONSTANT bigint := job_barrier(admit_execution.job_id);
+    v_status  text;
 BEGIN
     -- A trigger of the application's that starts an execution inside a stop of this job: the stop fails that one, too.
     IF current_setting('beacon_stop.stopping', true) = admit_execution.job_id THEN
         RETURN;
     END IF;
-    IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
-        -- A stop is at work. It may need rows that this transaction has locked, so the wait is short. Without any wait,
-        -- callers who try again at once would take the processor time that the stop needs.
-        BEGIN
-            PERFORM set_config('lock_timeout', '50ms', true);
-            PERFORM pg_advisory_xact_lock_shared(v_barrier);
-            PERFORM set_config('lock_timeout', v_lock_timeout, true);
-        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    -- A stop may be at work, and need rows that this transaction has locked: so the wait is short. Without any wait,
+    -- callers who try again at once would take the processor time that the stop needs. The barrier is asked for again and
+    -- again: a session that waits for it closes a circle with the stop and with workers who wait for this transaction's
+    -- rows, and PostgreSQL would end the stop as the victim of a deadlock.
+    FOR v_try IN 0..10 LOOP
+        EXIT WHEN pg_try_advisory_xact_lock_shared(v_barrier) IS NOT FALSE;
+        IF v_try = 10 THEN
             RAISE serialization_failure
                 USING MESSAGE = format('an emergency stop of job %s is under way',
                                        quote_literal(admit_execution.job_id)),
                       HINT = 'Try the transaction again.';
-        END;
-    END IF;
+        END IF;
+        PERFORM pg_sleep(0.005);
+    END LOOP;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
         -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since. It has
