@@ -778,8 +778,10 @@ class Application:
     def health_ready(self, request: Request) -> str:
         try:
             sentences = [sentence for (sentence,) in self.health_pool.fetch(FAULTS, timeout=2.0)]
-        except (errors.UndefinedFunction, errors.InsufficientPrivilege) as error:
-            fault = f"{error.diag.message_primary}: run beacon-stop init-db"
+        except (psycopg.Error, HTTPError) as error:
+            fault = explain(error, request).error
+            if isinstance(error, (errors.UndefinedFunction, errors.InsufficientPrivilege)):
+                fault = f"{error.diag.message_primary}: run beacon-stop init-db"
             raise unavailable(fault, faults=[fault]) from None
         if faults := [sentence for sentence in sentences if not sentence.startswith("warning: ")]:
             raise unavailable("the emergency stop would not work: see faults", faults=faults)

@@ -92,6 +92,7 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id    CONSTANT jobs.id%TYPE := lock_rows.id;
+    v_chunk CONSTANT interval := 0.8 * current_setting('deadlock_timeout')::interval;
     v_rest  interval := wait;
     v_held  record;
     v_began timestamptz;
@@ -112,13 +113,25 @@ BEGIN
         EXCEPT
         SELECT f.id FROM free f
     LOOP
-        v_began := clock_timestamp();
-        PERFORM limit_lock_wait(v_rest);
-        PERFORM
-        FROM executions e
-        WHERE e.id = v_held.id AND e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
-        FOR NO KEY UPDATE;
-        v_rest := v_rest - (clock_timestamp() - v_began);
+        -- PostgreSQL looks for a deadlock when a wait has lasted for deadlock_timeout, and ends that wait if it finds one.
+        -- A worker that is about to give way at the barrier is enough for it. So each wait is shorter than that.
+        LOOP
+            v_began := clock_timestamp();
+            BEGIN
+                PERFORM limit_lock_wait(least(v_rest, v_chunk));
+                PERFORM
+                FROM executions e
+                WHERE e.id = v_held.id AND e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
+                FOR NO KEY UPDATE;
+                v_rest := v_rest - (clock_timestamp() - v_began);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                v_rest := v_rest - (clock_timestamp() - v_began);
+                IF v_rest <= '0' THEN
+                    RAISE;
+                END IF;
+            END;
+        END LOOP;
     END LOOP;
     PERFORM lock_job_row(lock_rows.id, v_rest, lock_table => true);
 END;

@@ -417,12 +417,12 @@ def test_without_a_database(make_app, monkeypatch):
     client = Client(make_app(database_url="postgresql://nobody:secret-password@127.0.0.1:9/nowhere?connect_timeout=1"))
 
     assert client("GET", "/health/live").status == 200
-    for answer in (client("GET", "/health/ready"), client("GET", "/api/v1/jobs/a"), client.stop("a")):
-        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (
-            503,
-            {"error": "database unavailable"},
-            "2",
-        )
+    told = {"error": "database unavailable"}
+    for answer in (client("GET", "/api/v1/jobs/a"), client.stop("a")):
+        assert (answer.status, answer.json, answer.headers["Retry-After"]) == (503, told, "2")
+    ready = client("GET", "/health/ready")
+    assert (ready.status, ready.json) == (503, told | {"faults": ["database unavailable"]})
+    assert ready.headers["Retry-After"] == "2"
 
 
 # --- All answers ---

@@ -821,10 +821,10 @@ class Bench:
         cluster = Cluster(self.folder / "counted", self.databases.cluster.bindir)
         databases = Databases(cluster.create(autovacuum="off", jit="off").start())
         for name in ("guarded", "unguarded"):
-            load(databases.create(name), 60)
+            load(databases.create(name), 1_000)
         databases.connect("unguarded").execute("ALTER TABLE executions DISABLE TRIGGER USER")
         databases.connect("unguarded").execute("ALTER TABLE jobs DISABLE TRIGGER USER")
-        load(databases.create("bare"), 60)
+        load(databases.create("bare"), 1_000)
         cluster.stop()
         statements = {
             "counted insert": f"INSERT INTO executions (job_id, status) VALUES ('{FIRST_JOB}', 'pending')",
