@@ -10,11 +10,11 @@ Environment:
     DATABASE_URL              libpq URL of the database, several hosts allowed; required
     BEACON_READ_DATABASE_URL  the same for readers, such as a standby's (DATABASE_URL)
     HOST, PORT                where `beacon-stop serve` listens (127.0.0.1, 8080)
-    BEACON_ADMIN_RATE         accepted admin calls a client (600/minute)
-    BEACON_FAILED_RATE        refused admin calls a client (10/minute)
-    BEACON_READ_RATE          reads a client (300/minute)
+    BEACON_ADMIN_RATE         accepted admin calls for each client (600/minute)
+    BEACON_FAILED_RATE        admin calls with a wrong token for each client (10/minute)
+    BEACON_READ_RATE          reads for each client (300/minute)
     BEACON_TRUSTED_PROXIES    how many proxies append to X-Forwarded-For (0)
-    BEACON_LOCK_TIMEOUT       how long a stop waits for locked rows (2s)
+    BEACON_LOCK_TIMEOUT       how long a stop waits for locked rows, at most 0.4 of the next (2s)
     BEACON_STATEMENT_TIMEOUT  how long any call may take in the database (60s)
     BEACON_ADMIN_POOL         database connections kept for admin calls (4)
     BEACON_READ_POOL          database connections for readers, at most (4)
@@ -82,7 +82,8 @@ LIST_EXECUTIONS = "SELECT id, execution::text FROM list_executions(%s, %s, %s, %
 TIMEOUT_STUCK_JOBS = "SELECT timeout_stuck_jobs(make_interval(mins => %s))::text"
 REPAIR_STUCK_JOBS = "SELECT repair_stuck_jobs(make_interval(hours => %s))::text"
 FAULTS = "SELECT * FROM emergency_stop_faults()"
-# Single stops can do without. On a PL/Proxy front a group is not one transaction, and as slow as its slowest shard.
+# Whether stops may share a transaction. On a PL/Proxy front they may not: a group there is no single transaction, and
+# it is as slow as its slowest shard.
 CAN_GROUP = """
     SELECT has_function_privilege(to_regprocedure('emergency_stop_jobs(text[],text,jsonb,boolean,interval)'), 'EXECUTE')
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
@@ -324,7 +325,7 @@ def log_event(event: str, **fields: Any) -> None:
 
 
 class RateLimiter:
-    """A token bucket for each client, of `max_clients` at most: then the longest unseen is forgotten."""
+    """A token bucket for each client. Beyond `max_clients` the client that was not seen for longest is forgotten."""
 
     def __init__(self, rate: Rate, clock: Callable[[], float] = time.monotonic, max_clients: int = 10_000) -> None:
         self.rate, self.clock, self.max_clients = rate, clock, max_clients
@@ -353,12 +354,13 @@ class RateLimiter:
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that is closed, with OperationalError, when the server is silent for longer than `patience` seconds.
 
-    Its own timeouts end no commit that waits for a standby, and to cancel that would report it as success.
+    PostgreSQL's own timeouts do not end a commit that waits for a standby. The connection is closed instead of
+    cancelling the commit, because PostgreSQL reports a cancelled wait for a standby as success.
     """
 
     patience = SILENCE
     was_silent = False
-    settings = ""  # that go before each statement
+    settings = ""  # statements that are sent before each query, where a pooler is in between
     only_cursor: psycopg.Cursor[Any]  # making one for each statement costs a third of what the statement costs here
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
@@ -514,7 +516,7 @@ class GroupedStops:
         self.queue.put(member)
         try:
             return member.answer.result(GROUP_TIMEOUT)
-        except futures.TimeoutError:  # the group before takes its time: who is not in a group yet goes by itself
+        except futures.TimeoutError:  # the group at work is slow: a stop that is in no group yet goes by itself
             return None if member.answer.cancel() else member.answer.result()
 
     def run(self) -> None:
@@ -526,7 +528,7 @@ class GroupedStops:
                 while self.can_group and (first := self.queue.get()):
                     self.stop_group(first)
                 return
-            except Exception as error:  # whatever it is, those whom it concerns will meet it by themselves
+            except Exception as error:  # each stop of the group now goes by itself, and meets the error if it stays
                 if self.can_group:
                     log_event("group_failed", error=str(error))
                 self.can_group = False
@@ -1281,7 +1283,7 @@ def serve(environment: Mapping[str, str], host: str, port: int, announcement: st
 
 
 def on_signals(handler: Callable[..., Any]) -> None:
-    """Handle what ends a process, but for a signal that the one who started us has had ignored, as nohup does."""
+    """Handle the signals that end a process. A signal that is ignored already, as under nohup, stays ignored."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)

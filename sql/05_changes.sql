@@ -1,4 +1,4 @@
--- What an installation has to change, and the lock under which it does so.
+-- What an installation has to change in a database, and the lock under which it does so.
 
 -- lock_all_tables(): locks all of our tables that exist in ACCESS EXCLUSIVE mode, or none of them.
 -- Workers lock jobs and executions in either order. An installer that keeps one of them while it waits for the other is
@@ -53,8 +53,9 @@ $$;
 -- missing_parts(): the columns, indexes and triggers that our tables lack, or that do not do what they should.
 -- Returns  for each what the installation says, the statement that mends it, and the fault if a stop needs that part
 --
--- The stop finds a job's active executions, the listing a job's executions in the order of their ids, and the batches
--- their jobs, whatever the size of the tables. A stop adds a second entry for each active execution to the index on
+-- The indexes serve the stop, which looks for a job's active executions, the listing, which reads a job's executions in
+-- the order of their ids, and the batches, which look for their jobs. With them the size of the tables does not matter.
+-- A stop adds a second entry for each active execution to the index on
 -- (job_id, id), which has room for it.
 -- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
 -- anew in each statement, which would cost more than the rest of a one-row update. So the WHEN clauses only let through

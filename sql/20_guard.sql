@@ -1,4 +1,4 @@
--- The guard: what is stopped stays stopped, whoever writes, however they write.
+-- The guard: triggers that keep a stopped job stopped, whichever role or statement writes to it.
 --
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
 -- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do

@@ -264,8 +264,8 @@ BEGIN
 END;
 $$;
 
--- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers where there is nothing to stop,
--- else NULL. It changes and locks nothing. Raises 55P03 if the job has ended, but others hold its barrier.
+-- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers where there is nothing to
+-- stop, else NULL. It changes and locks nothing. Raises 55P03 if the job has ended, but others hold its barrier.
 CREATE OR REPLACE FUNCTION answer_if_ended(id text, asked_id text, sessions_ended int, barrier bigint)
 RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -276,9 +276,10 @@ DECLARE
     v_is_free    boolean;
     v_left_alone jsonb;
 BEGIN
-    -- Nobody starts an execution of a job that has ended, so what is committed is all there is, unless a transaction that
-    -- was admitted before the end is still open: it holds the barrier. A transaction that sets the job back shows in xmax;
-    -- with a mark no transaction can. The barrier is given back at once, since a lock that outlives the call costs more.
+    -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
+    -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
+    -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
+    -- that outlives the call costs more.
     SELECT j.status, pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier) INTO v_status, v_is_free
     FROM jobs j
     WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
@@ -300,9 +301,10 @@ BEGIN
 END;
 $$;
 
--- attempt_stop(id, ...): stops a job, or fails as soon as a lock is not to be had: at once, or in the given time from the
--- second attempt on, which locks all rows before it updates any, in the even attempts executions first, in the odd ones
--- the job first, because workers lock in either order. id is the id as it is in the table, asked_id as the caller has it.
+-- attempt_stop(id, ...): stops a job, or fails as soon as it cannot get a lock. The first attempt waits for no lock. A
+-- later one waits for the given time, and locks all rows before it updates any: an even attempt locks the executions
+-- first, an odd one the job, because workers lock in either order. id is the id as it is in the table, asked_id as the
+-- caller wrote it.
 -- Returns  what emergency_stop_job answers
 -- Raises   lock_not_available (55P03), deadlock_detected (40P01)  to be tried again once all locks have been let go of
 --          triggered_data_change_violation (27000)  as fail_job
@@ -357,7 +359,8 @@ BEGIN
         VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
     END IF;
-    PERFORM pg_advisory_xact_lock_shared(barrier);  -- by which emergency_stop_blockers knows a stop that is done
+    -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work.
+    PERFORM pg_advisory_xact_lock_shared(barrier);
     RETURN json_strip_nulls(CASE
         WHEN v_has_ended THEN json_build_object(
             'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
@@ -445,8 +448,8 @@ BEGIN
     IF v_answer ->> 'action' = 'none'
        AND (current_setting('synchronous_standby_names') <> ''
             OR pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()) THEN
-        -- Whoever ended the job may have done so without waiting for the disk or the standby. With a record of our own,
-        -- which nobody reads, we wait for all that was written before it.
+        -- The transaction that ended the job may not have waited for the disk or the standby. We write a record that
+        -- nobody reads: to wait for it is to wait for all that was written before it.
         PERFORM pg_logical_emit_message(true, 'beacon-stop', '');
     END IF;
     IF current_setting('synchronous_commit') IN ('off', 'local') THEN

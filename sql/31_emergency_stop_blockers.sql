@@ -5,8 +5,8 @@
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, and others hold rows of the job
 -- Locks    for a moment those rows of the job that transactions which still run have locked before
 --
--- It reads who holds what, and waits for nothing. What can hold up a stop: the job's barrier, which whoever starts an
--- execution shares; the rows of the job and of its active executions; and locks on whole tables.
+-- It reads who holds what, and waits for nothing. Three things can hold up a stop: the job's barrier, which every
+-- session that starts an execution shares; the rows of the job and of its active executions; and locks on whole tables.
 
 -- held_rows(id): the rows of a job, and of its active executions, that others hold against a stop.
 CREATE OR REPLACE FUNCTION held_rows(id text)
@@ -66,7 +66,8 @@ DECLARE
     v_key     CONSTANT text := to_job_id(holders_of_job.id)::text;
     v_barrier CONSTANT bigint := job_barrier(v_key);
 BEGIN
-    PERFORM pg_stat_clear_snapshot();  -- or who looks again in one transaction is told what there was at first
+    -- Without this, a second look in the same transaction would show the sessions as they were at the first.
+    PERFORM pg_stat_clear_snapshot();
     RETURN QUERY
     WITH locks AS MATERIALIZED (
         SELECT l.*, a.state

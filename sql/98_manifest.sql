@@ -35,7 +35,7 @@ BEGIN
         RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT
         AS %L', format('SELECT %L::jsonb', v_functions));
 
-    -- What it lists is closed to PUBLIC, and so is itself. A role that had a right on a function that was dropped gets
+    -- PUBLIC may execute none of the functions that the manifest lists, nor the manifest. A role that had a right on a function that was dropped gets
     -- it on the one that took its place. Default privileges of the installer may have opened the records for more than
     -- reading. Triggers have their functions now.
     FOR v_statement IN

@@ -56,12 +56,11 @@ STOPS = "emergency_stop_job emergency_stop_blockers application_triggers hostile
 TESTS = {
     "Client": "server http",
     "Server": "server http command",
-    "Database": "http server emergency_stop_jobs hostile",
+    "Pool": "http server emergency_stop_jobs hostile",
     "beacon_stop": "http command server emergency_stop_jobs readme",
     "00_begin": "install tables",
     "05_changes": "install tables emergency_stop_faults hostile",
     "10_tables": "tables install",
-    "11_records": "tables install emergency_stop_job",
     "15_helpers": f"questions_with_other_ids tables {STOPS} {BATCHES}",
     "20_guard": f"emergency_stop_job release_job application_triggers worker tables hostile {BATCHES}",
     "30_emergency_stop_job": f"{STOPS} emergency_stop_dry_run emergency_stop_jobs release_job tables install",

@@ -156,7 +156,7 @@ def test_40_workers_that_hold_one_row_each_are_all_named_after_one_lock_timeout_
 
 def test_of_several_who_may_hold_a_row_only_those_who_have_for_long_enough_count(db, connect, make_job, hold, service):
     """A row that was locked in a part of a transaction, which is over, does not tell whose it is."""
-    job_id, other_id = make_job(running=1), make_job(running=2)
+    job_id, _ = make_job(running=1), make_job(running=2)
     service.execute("SET lock_timeout = '500ms'")
     holder = hold("SELECT FROM executions WHERE id = 3 FOR UPDATE; SAVEPOINT s")
     holder.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))

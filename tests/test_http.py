@@ -243,13 +243,6 @@ def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
     assert count_active(db, job_id) == 1
 
 
-@pytest.mark.parametrize(("length", "status"), [(1_000, 200), (1_001, 400)])
-def test_a_reason_of_1000_characters_and_not_one_more(client, make_job, length, status):
-    answer = client.stop(make_job(running=1), json.dumps({"reason": "ä" * length}).encode())
-
-    assert (answer.status, answer.json.get("reason", "ä" * length)) == (status, "ä" * length)
-
-
 def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
     job_id = make_job(running=1)
     body = b"{}".ljust(16 * 1024)
@@ -651,17 +644,6 @@ def test_any_number_of_clients_takes_bounded_memory():
     assert peak < 10_000_000
 
 
-def test_of_too_many_clients_the_longest_unseen_is_forgotten():
-    limiter = beacon_stop.RateLimiter(beacon_stop.Rate(1, 60), clock=lambda: 0.0, max_clients=3)
-    for client in ("a", "b", "c", "d"):
-        limiter.take(client)
-
-    for client in ("b", "c", "d"):
-        with pytest.raises(beacon_stop.HTTPError):
-            limiter.take(client)
-    limiter.take("a")
-
-
 # --- The log ---
 
 
@@ -682,6 +664,7 @@ def test_every_admin_call_is_a_line_in_the_log(make_app, make_job, capsys):
         "forbidden", "too many requests",
     ]  # fmt: skip
     assert [line["status"] for line in lines] == [200, 200, 404, 200, 400, 403, 429]
+    assert {line["client"] for line in lines} == {"127.0.0.1"}
     first = lines[0]
     assert first | {"time": None, "duration_ms": None} == {
         "time": None, "event": "emergency_stop", "request_id": "req-1", "client": "127.0.0.1", "job_id": job_id, "outcome": "stopped",
@@ -786,16 +769,6 @@ def test_a_database_that_defaults_to_serializable(db, make_app, make_job):
     )
 
     assert Client(make_app()).stop(make_job(running=1)).json["executions_stopped"] == 1
-
-
-def test_a_database_that_is_read_only(db, make_app, make_job):
-    """As the primary is that has become a standby."""
-    db.execute(
-        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_read_only = on', current_database()); END $$"
-    )
-
-    answer = Client(make_app()).stop(make_job(running=1))
-    assert (answer.status, answer.json) == (503, {"error": "database is read-only"})
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
@@ -1124,16 +1097,6 @@ def test_ids_of_several_jobs_that_cannot_be_used(shared_client):
 # --- Connections ---
 
 
-def test_a_working_connection_is_not_given_up_for_its_age(make_app, make_job, db):
-    """With the role's connections filled by others, 1.0 had none from then on."""
-    app = make_app(admin_pool=1)
-    client = Client(app)
-    client.stop("warm up")
-    (connection,) = app.admin_pool._pool
-
-    assert connection._expire_at == float("inf")
-
-
 def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role(
     make_app, make_job, db, connect, owner_url, monkeypatch
 ):
@@ -1225,10 +1188,10 @@ def test_beyond_the_most_clients_those_longest_unseen_are_forgotten_and_newcomer
             return False
         return True
 
-    assert [is_taken(client) for client in "abab"] == [True, True, False, False]
-    assert [is_taken(client) for client in "cc"] == [True, False], "in the place of a"
-    assert [is_taken(client) for client in "bc"] == [False, False]
-    assert [is_taken(client) for client in "abc"] == [True, True, True], "each in the place of the next"
+    assert [is_taken(client) for client in "abba"] == [True, True, False, False]
+    assert [is_taken(client) for client in "cc"] == [True, False], "in the place of b, which was added after a"
+    assert [is_taken(client) for client in "ac"] == [False, False]
+    assert [is_taken(client) for client in "bac"] == [True, True, True], "each in the place of the next"
 
 
 def test_a_client_is_told_how_long_to_wait_for_the_next_call():
@@ -1251,22 +1214,6 @@ def test_a_reason_of_1000_characters_and_an_actor_of_200_over_http(client, make_
     answer = client.stop(job_id, json.dumps({"reason": reason, "actor": actor}).encode())
     assert (answer.status, answer.json["reason"]) == (200, reason)
     assert db.execute("SELECT reason, caller ->> 'actor' FROM emergency_stops").fetchone() == (reason, actor)
-
-
-def test_the_log_has_the_status_of_each_answer_and_the_client_behind_the_proxy(make_app, make_job, capsys):
-    client = Client(make_app(failed_rate="1/hour", trusted_proxies="1"))
-    behind = {"HTTP_X_FORWARDED_FOR": "192.0.2.7", "REMOTE_ADDR": "10.0.0.1"}
-    answers = [
-        client.stop(make_job(running=1), **behind),
-        client.stop("nix", **behind),
-        client.stop("nix", b"[", **behind),
-        client.stop("nix", token="wrong-but-long-enough", **behind),
-        client.stop("nix", token="wrong-but-long-enough", **behind),
-    ]
-
-    lines = log_lines(capsys)
-    assert [line["status"] for line in lines] == [answer.status for answer in answers] == [200, 404, 400, 403, 429]
-    assert {line["client"] for line in lines} == {"192.0.2.7"}
 
 
 def test_readers_are_sent_where_their_url_says_and_operators_are_not(make_app, make_job, service_url, db):
@@ -1292,7 +1239,8 @@ def test_a_connection_that_is_read_only_is_not_kept(make_app, make_job, db):
     client = Client(make_app(admin_pool="1"))
     job_id = make_job(running=1)
     db.execute(f"ALTER DATABASE {db.info.dbname} SET default_transaction_read_only = on")
-    assert client.stop(job_id).json == {"error": "database is read-only"}
+    answer = client.stop(job_id)
+    assert (answer.status, answer.json) == (503, {"error": "database is read-only"})
     db.execute(f"ALTER DATABASE {db.info.dbname} RESET default_transaction_read_only")
 
     assert client.stop(job_id).json["executions_stopped"] == 1
