@@ -66,8 +66,7 @@ DECLARE
     v_key     CONSTANT text := to_job_id(holders_of_job.id)::text;
     v_barrier CONSTANT bigint := job_barrier(v_key);
 BEGIN
-    -- Without this, a second look in the same transaction would show the sessions as they were at the first.
-    PERFORM pg_stat_clear_snapshot();
+    PERFORM pg_stat_clear_snapshot();  -- or a second look in this transaction would show the sessions of the first
     RETURN QUERY
     WITH locks AS MATERIALIZED (
         SELECT l.*, a.state
