@@ -99,19 +99,22 @@ BEGIN
     IF job_first THEN
         v_rest := lock_job_row(lock_rows.id, v_rest, lock_table => false);
     END IF;
-    FOR v_held IN
+    LOOP
+        -- What is free is locked anew after each wait: workers who have given way would take it again.
         WITH free AS (
             SELECT e.id
             FROM executions e
             WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
             FOR NO KEY UPDATE SKIP LOCKED
         )
-        SELECT e.id
-        FROM executions e
-        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
-        EXCEPT
-        SELECT f.id FROM free f
-    LOOP
+        SELECT h.id INTO v_held
+        FROM (SELECT e.id
+              FROM executions e
+              WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
+              EXCEPT
+              SELECT f.id FROM free f) h
+        LIMIT 1;
+        EXIT WHEN NOT FOUND;
         v_began := clock_timestamp();
         PERFORM limit_lock_wait(v_rest);
         PERFORM

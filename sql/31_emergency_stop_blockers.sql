@@ -134,8 +134,7 @@ BEGIN
            -- The rule of pg_terminate_backend.
            f.is_certain AND f.pid IS NOT NULL AND COALESCE(o.rolsuper OR NOT r.rolsuper AND (
                pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')), false)
-    FROM found f
-    JOIN pg_roles o ON o.rolname = current_user
+    FROM found f JOIN pg_roles o ON o.rolname = current_user
     LEFT JOIN pg_stat_activity a ON a.pid = f.pid
     LEFT JOIN pg_roles r ON r.oid = a.usesysid
     LEFT JOIN transactions p ON p.gid IS NOT NULL AND p.virtualtransaction = f.virtualtransaction
