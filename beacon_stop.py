@@ -1408,8 +1408,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigurationError as error:
         problem = str(error)
     except psycopg.Error as error:
-        hint = f"\n{error.diag.message_hint}" if error.diag.message_hint else ""
-        problem = f"the database refused: {error.diag.message_primary or error}{hint}"
+        said = (error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint)
+        problem = "the database refused: " + "\n".join(filter(None, said))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         problem = f"cannot listen on {options.host} port {options.port}: {reason}; --host and --port choose another"

@@ -1,4 +1,4 @@
--- The guard: triggers that keep a stopped job stopped, whichever role or statement writes to it.
+-- The guard: what is stopped stays stopped, whoever writes, however they write.
 --
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
 -- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do
@@ -8,36 +8,44 @@
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             a stop of the job is at work: try the transaction again; or, above
 --                                                    READ COMMITTED, the job has changed since the snapshot
--- Locks    the job's barrier, shared, until the transaction ends, for which it waits 50 ms at most; above READ
---          COMMITTED the job's row for a moment
+-- Locks    the job's barrier, shared, until the transaction ends. It waits for it for 50 ms at most, and not at all if
+--          others wait for rows of its transaction. Above READ COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 SET row_security = off
 AS $$
 DECLARE
-    v_id      CONSTANT jobs.id%TYPE := to_job_id(admit_execution.job_id);
-    v_barrier CONSTANT bigint := job_barrier(admit_execution.job_id);
-    v_status  text;
+    v_id           CONSTANT jobs.id%TYPE := to_job_id(admit_execution.job_id);
+    v_barrier      CONSTANT bigint := job_barrier(admit_execution.job_id);
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_status       text;
 BEGIN
     -- A trigger of the application's that starts an execution inside a stop of this job: the stop fails that one, too.
     IF current_setting('beacon_stop.stopping', true) = admit_execution.job_id THEN
         RETURN;
     END IF;
-    -- A stop may be at work, and need rows that this transaction has locked: so the wait is short. Without any wait,
-    -- callers who try again at once would take the processor time that the stop needs. The barrier is asked for again and
-    -- again: a session that waits for it closes a circle with the stop and with workers who wait for this transaction's
-    -- rows, and PostgreSQL would end the stop as the victim of a deadlock.
-    FOR v_try IN 0..10 LOOP
-        EXIT WHEN pg_try_advisory_xact_lock_shared(v_barrier) IS NOT FALSE;
-        IF v_try = 10 THEN
+    IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
+        -- A stop is at work. Without any wait, callers who try again at once would take the processor time that it
+        -- needs. But a transaction whose rows others wait for gives way at once: the stop may be one of them, or wait
+        -- for the rows of one.
+        BEGIN
+            IF EXISTS (SELECT
+                       FROM pg_locks w
+                       JOIN pg_locks o ON o.transactionid = w.transactionid AND o.pid = pg_backend_pid()
+                       WHERE w.locktype = 'transactionid' AND NOT w.granted) THEN
+                RAISE lock_not_available;
+            END IF;
+            PERFORM set_config('lock_timeout', '50ms', true);
+            PERFORM pg_advisory_xact_lock_shared(v_barrier);
+            PERFORM set_config('lock_timeout', v_lock_timeout, true);
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             RAISE serialization_failure
                 USING MESSAGE = format('an emergency stop of job %s is under way',
                                        quote_literal(admit_execution.job_id)),
                       HINT = 'Try the transaction again.';
-        END IF;
-        PERFORM pg_sleep(0.005);
-    END LOOP;
+        END;
+    END IF;
 
     IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
         -- An old snapshot shows the status from before the stop. Locking the row fails if it has changed since. It has

