@@ -9,7 +9,7 @@
 --          serialization_failure (40001)             a stop of the job is at work: try the transaction again; or, above
 --                                                    READ COMMITTED, the job has changed since the snapshot
 -- Locks    the job's barrier, shared, until the transaction ends. It waits for it for 50 ms at most, and not at all if
---          others wait for rows of its transaction. Above READ COMMITTED the job's row for a moment
+--          others wait for rows that its transaction has updated. Above READ COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -28,12 +28,14 @@ BEGIN
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
         -- A stop is at work. Without any wait, callers who try again at once would take the processor time that it
         -- needs. But a transaction whose rows others wait for gives way at once: the stop may be one of them, or wait
-        -- for the rows of one.
+        -- for the rows of one. To look for them costs much; a transaction that has only inserted has none.
         BEGIN
-            IF EXISTS (SELECT
-                       FROM pg_locks w
-                       JOIN pg_locks o ON o.transactionid = w.transactionid AND o.pid = pg_backend_pid()
-                       WHERE w.locktype = 'transactionid' AND NOT w.granted) THEN
+            IF (pg_stat_get_xact_tuples_updated('jobs'::regclass) > 0
+                OR pg_stat_get_xact_tuples_updated('executions'::regclass) > 0)
+               AND EXISTS (SELECT
+                           FROM pg_locks w
+                           JOIN pg_locks o ON o.transactionid = w.transactionid AND o.pid = pg_backend_pid()
+                           WHERE w.locktype = 'transactionid' AND NOT w.granted) THEN
                 RAISE lock_not_available;
             END IF;
             PERFORM set_config('lock_timeout', '50ms', true);

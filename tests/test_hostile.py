@@ -216,15 +216,15 @@ def test_an_insert_that_gets_the_barrier_within_that_moment_keeps_its_lock_timeo
 
 def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_waits(connect, db, make_job):
     """With 50 ms for each, a row of sixteen workers who wait for one another keeps a stop for a second, again and again."""
-    job_id = make_job(running=1)
+    job_id, held = make_job(running=1), make_job()
     stopper, worker, other = connect(autocommit=False), connect(autocommit=False), connect()
     insert = "INSERT INTO executions (job_id) VALUES (%s)"
-    db.execute("CREATE TABLE held AS SELECT 1 AS one")
+    heartbeat = ("UPDATE jobs SET updated_at = now() WHERE id = %s", (held,))
     change_function(db, "admit_execution", "'50ms'", "'1h'")
     stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
-    worker.execute("UPDATE held SET one = 2")
+    worker.execute(*heartbeat)
 
-    with in_thread(other.execute, "UPDATE held SET one = 3"):
+    with in_thread(other.execute, *heartbeat):
         wait_until(lambda: is_waiting(db, other))
         with pytest.raises(psycopg.errors.SerializationFailure, match="is under way"):
             worker.execute(insert, (job_id,))  # as it would in an hour if it waited
