@@ -1308,3 +1308,19 @@ def test_a_body_that_the_server_delimits_is_read_to_its_end_and_bounded(client, 
 
     assert client.stop(job_id, b" " + body, **chunked).status == 413
     assert client.stop(job_id, body, **chunked).json["reason"] == reason
+
+
+def test_the_log_has_the_status_of_each_answer_and_the_client_behind_the_proxy(make_app, make_job, capsys):
+    client = Client(make_app(failed_rate="1/hour", trusted_proxies="1"))
+    behind = {"HTTP_X_FORWARDED_FOR": "192.0.2.7", "REMOTE_ADDR": "10.0.0.1"}
+    answers = [
+        client.stop(make_job(running=1), **behind),
+        client.stop("nix", **behind),
+        client.stop("nix", b"[", **behind),
+        client.stop("nix", token="wrong-but-long-enough", **behind),
+        client.stop("nix", token="wrong-but-long-enough", **behind),
+    ]
+
+    lines = log_lines(capsys)
+    assert [line["status"] for line in lines] == [answer.status for answer in answers] == [200, 404, 400, 403, 429]
+    assert {line["client"] for line in lines} == {"192.0.2.7"}
