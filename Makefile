@@ -12,14 +12,14 @@ run: $(STAMP)  ## Serve on an embedded PostgreSQL, with a runaway job to stop
 	@.venv/bin/beacon-stop serve --demo
 
 test: $(STAMP)  ## Run the whole suite
-	.venv/bin/python tests/in_two.py tests $(ARGS)
+	.venv/bin/python tests/side_by_side.py tests $(ARGS)
 
 test-debian: $(STAMP) .venv/debian  ## Run the whole suite on Debian's PostgreSQL 15 (as root)
-	BEACON_TEST_POSTGRES=/usr/lib/postgresql/15/bin .venv/bin/python tests/in_two.py tests $(ARGS)
+	BEACON_TEST_POSTGRES=/usr/lib/postgresql/15/bin .venv/bin/python tests/side_by_side.py tests $(ARGS)
 
 test-servers: $(STAMP) .venv/debian  ## Run it behind WSGI servers, proxies, poolers, standbys and shards (Debian, as root)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir gunicorn gevent waitress cheroot granian uwsgi
-	.venv/bin/python tests/in_two.py tests/servers $(ARGS)
+	.venv/bin/python tests/side_by_side.py tests/servers $(ARGS)
 
 mutants: $(STAMP)  ## Break the code on purpose, and print what no test notices (hours; ARGS='--sample 50')
 	@.venv/bin/python tests/mutants.py $(ARGS)
