@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import posixpath
+import random
 import re
 import secrets
 import select
@@ -124,6 +125,7 @@ GROUP_TIMEOUT = 0.25  # seconds that such a transaction may take
 GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself, after a group has failed
 SHORT_WAIT = 0.005  # seconds that stops in one transaction first wait for each locked job
 LOG_LINES = 2_000  # that wait to be written, at most
+LOG_PAUSE = 0.02  # seconds in which lines gather
 NOBODY = 65_534  # user and group
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -296,6 +298,14 @@ class LogHandler(QueueHandler):
 
 class LogWriter(QueueListener):
     """Writes the lines to stderr. No Handler: the end of the process would wait for its lock."""
+
+    queue: Queue[Any]
+
+    def dequeue(self, block: bool) -> Any:
+        """The next line. Lines gather for a moment, because to wake this thread for each costs as much as a call."""
+        if self.queue.empty():
+            time.sleep(LOG_PAUSE)
+        return super().dequeue(block)
 
     def handle(self, line: Any) -> None:
         with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
@@ -481,7 +491,9 @@ def is_lost(error: psycopg.Error) -> bool:
     if isinstance(error, errors.InternalError_):
         return (error.diag.source_function or "").startswith("plproxy")
     is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
-    return isinstance(error, psycopg.OperationalError) and (is_fatal or str(error.sqlstate).startswith(("08", "57P")))
+    # Other trouble with a connection, inside of a function, is a trigger's own, such as dblink's.
+    is_refused = str(error.sqlstate).startswith(("08", "57P")) and not error.diag.context
+    return isinstance(error, psycopg.OperationalError) and (is_fatal or is_refused)
 
 
 def log_warning(diagnostic: errors.Diagnostic) -> None:
@@ -611,9 +623,9 @@ class Application:
         path = request.read_path()
         is_admin = path.startswith("/admin/")
         request.event = "refused" if is_admin else ""  # until its route is found
-        name, ids = find_route(request.method, path)
         self.open()
         client = request.noted["client"] = request.read_client(self.settings.trusted_proxies)
+        name, ids = find_route(request.method, path)
         if is_admin:
             request.event = name
             if ids:  # for the log, whatever comes of it
@@ -634,7 +646,7 @@ class Application:
         if is_admin:
             request.noted["outcome"] = outcome_of(summary)
             for key in ("executions_stopped", "sessions_ended"):
-                request.noted[key] = request.noted[key] or summary.get(key, 0)
+                request.noted[key] = request.noted[key] or (0 if "dry_run" in summary else summary.get(key, 0))
         status = {None: 200, "job not found": 404}.get(summary.get("error"), 409)
         return Response(status, answer.encode() + b"\n")
 
@@ -809,7 +821,7 @@ class Request:
         self.environ, self.started = environ, time.monotonic()
         self.method: str = environ["REQUEST_METHOD"]
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else secrets.token_hex(16)
+        self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"{random.getrandbits(128):032x}"
         self.event = ""  # of an admin call, for the log
         noted = ("client", "actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
         self.noted: dict[str, Any] = {"request_id": self.request_id, **dict.fromkeys(noted)}
@@ -934,6 +946,9 @@ def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int 
     return value
 
 
+NOT_READY = errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName
+
+
 def explain(error: Exception, request: Request) -> HTTPError:
     """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
     if isinstance(error, HTTPError):
@@ -945,7 +960,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
     if isinstance(error, psycopg.Error):
         if is_lost(error):
             return unavailable("database unavailable")
-        if isinstance(error, errors.QueryCanceled):
+        if isinstance(error, errors.QueryCanceled) and error.diag.source_function == "ProcessInterrupts":
             return unavailable("statement timeout: the database took too long")
         if isinstance(error, errors.ReadOnlySqlTransaction):
             return unavailable("database is read-only")
@@ -956,14 +971,16 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return bad(message)
         if is_locked and (held := read_holders(error)):
             force = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
-            can_force = request.event == "emergency_stop" and "not_ended" not in held
-            hint = force if can_force else error.diag.message_hint
+            can_force = request.event == "emergency_stop" and "not_ended" not in held and held["blocked_by"]
+            # A prepared transaction, whose pid is 0, is no session.
+            hint = force if can_force and all(each["pid"] for each in can_force) else error.diag.message_hint
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
         if request.has_token:
             told = {"message": message, "sqlstate": error.sqlstate}
         if is_locked and request.event != "emergency_stop":
             return unavailable("tables are locked", **told)
-        if isinstance(error, (errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName)):
+        is_call = not error.diag.context  # the call itself is refused, nothing inside of the function
+        if is_call and isinstance(error, NOT_READY):
             return unavailable("database is not ready for this version: see /health/ready", **told)
     log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
     return HTTPError(500, "internal error", request_id=request.request_id, **told)

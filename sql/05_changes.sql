@@ -63,6 +63,7 @@ $$;
 CREATE OR REPLACE FUNCTION missing_parts()
 RETURNS TABLE (does text, statement text, fault text) LANGUAGE sql STABLE
 SET search_path FROM CURRENT
+SET quote_all_identifiers = off
 AS $$
     SELECT format(s.does, p.name, p.table_name),
            format(s.statement, p.name, p.table_name, p.definition, split_part(p.shape, ' ', 1)),

@@ -2,7 +2,8 @@
 -- transaction.
 -- Returns  {"ok": true, "message": "Job emergency stopped", "job_id": "a", "previous_status": "processing",
 --           "new_status": "failed", "executions_stopped": 42, "stopped_at": "2025-09-29T23:48:00Z"}
---          {"ok": true, "message": "Job already in terminal state", "job_id": "a", "status": "failed", "action": "none"}
+--          {"ok": true, "message": "Job already in terminal state", "job_id": "a", "status": "failed",
+--           "action": "none"}
 --          the same with "action": "executions_stopped", "executions_stopped": 3, "stopped_at": ..., if a job that
 --          had ended still had active executions
 --          {"error": "job not found", "job_id": "a"}
@@ -12,13 +13,14 @@
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
---                                             DETAIL is JSON, the rows of emergency_stop_blockers(id); with force, if one
---                                             may not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
+--                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); none where
+--                                             another stop of the job is at work. With force, if one may not be ended and
+--                                             so none is: {"blocked_by": [...], "not_ended": [...]}
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
--- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that works;
---          where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With nothing
---          left to stop it locks nothing. With force it ends the sessions that have held the job for that long, and
---          then waits for as long once more.
+-- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
+--          works; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With
+--          nothing left to stop it locks nothing. With force it ends the sessions that have held the job for that long,
+--          and then waits for as long once more.
 --
 -- The cost of a stop is mostly that of plpgsql's own: each function that is called, each statement and each expression
 -- is made ready anew in each transaction. So the way of a stop that meets nobody has few of them.
@@ -179,8 +181,8 @@ BEGIN
 END;
 $$;
 
--- require_stopped(id, new_status, marked, left_alone): raises 27000 if the job has not this status and the mark, if not so
--- many of its executions are failed and marked, or if left_alone has executions that are active.
+-- require_stopped(id, new_status, marked, left_alone): raises 27000 if the job has not this status and the mark, if not
+-- so many of its executions are failed and marked, or if left_alone has executions that are active.
 CREATE OR REPLACE FUNCTION require_stopped(id text, new_status text, marked bigint, left_alone jsonb)
 RETURNS void LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -195,8 +197,8 @@ BEGIN
     IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}'
        OR (v_status = new_status AND v_is_marked) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
-            USING MESSAGE = format('job %s could not be stopped: a trigger or a rule of the application undoes the stop',
-                                   quote_literal(require_stopped.id)),
+            USING MESSAGE = format('job %L could not be stopped: a trigger or a rule of the application undoes it',
+                                   require_stopped.id),
                   DETAIL = format('After the updates the job is %s, with the mark: %s. Executions that still run: %s. '
                                   'Executions that are not failed and marked: %s.', COALESCE(v_status, 'gone'),
                                   COALESCE(v_is_marked, false), COALESCE(left_alone::text, 'none'), v_unmarked),
@@ -225,7 +227,8 @@ BEGIN
     executions_stopped := 0;
     -- Triggers that fire before ours, and rules.
     IF EXISTS (SELECT FROM pg_trigger t
-               WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass) AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
+               WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass)
+                 AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
        OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
         v_marked := marked_executions(fail_job.id);
     END IF;
@@ -244,18 +247,20 @@ BEGIN
         executions_stopped := executions_stopped + v_updated;
         IF v_round = 1 THEN
             UPDATE jobs j
-            SET status = new_status,
+            SET status = fail_job.new_status,
                 updated_at = fail_job.at,
-                metadata = CASE WHEN j.metadata IS NULL THEN mark
+                metadata = CASE WHEN j.metadata IS NULL THEN fail_job.mark
                                 -- Without the reason of the last stop. A reason of somebody else's stays.
-                                WHEN j.metadata ->> 'reason' = last_stop_reason(fail_job.id) THEN j.metadata - 'reason' || mark
-                                ELSE as_object(j.metadata, 'previous_metadata') || mark
+                                WHEN j.metadata ->> 'reason' = last_stop_reason(fail_job.id)
+                                THEN j.metadata - 'reason' || fail_job.mark
+                                ELSE as_object(j.metadata, 'previous_metadata') || fail_job.mark
                            END
             WHERE j.id = v_id;
             GET DIAGNOSTICS v_jobs = ROW_COUNT;
         END IF;
         SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after the look that follows
-        PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+        PERFORM FROM executions e
+        WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
         left_alone := CASE WHEN FOUND THEN unfinished_executions(fail_job.id) END;
         EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
     END LOOP;
@@ -283,7 +288,8 @@ BEGIN
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
     -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
     -- that outlives the call costs more.
-    SELECT j.status, pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier) INTO v_status, v_is_free
+    SELECT j.status, pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
+    INTO v_status, v_is_free
     FROM jobs j
     WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
       AND (j.metadata @> '{"emergency_stop": true}'
@@ -292,7 +298,8 @@ BEGIN
     IF NOT v_is_free THEN
         RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
     ELSIF v_is_free THEN
-        PERFORM FROM executions e WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+        PERFORM FROM executions e
+        WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
         v_left_alone := CASE WHEN FOUND THEN unfinished_executions(answer_if_ended.id) END;
         IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
             RETURN json_strip_nulls(json_build_object(
@@ -334,13 +341,15 @@ BEGIN
         IF attempt > 1 THEN
             PERFORM lock_rows(attempt_stop.id, wait, job_first => attempt % 2 = 1);
         END IF;
-        SELECT COALESCE(j.status, 'unknown'), j.status IN ('completed', 'failed', 'cancelled') INTO v_status, v_has_ended
+        SELECT COALESCE(j.status, 'unknown'), j.status IN ('completed', 'failed', 'cancelled')
+        INTO v_status, v_has_ended
         FROM jobs j WHERE j.id = v_id FOR NO KEY UPDATE SKIP LOCKED;
     END IF;
     IF v_status IS NULL THEN
         PERFORM FROM jobs j WHERE j.id = v_id;
         IF FOUND THEN
-            RAISE lock_not_available USING MESSAGE = 'others hold the barrier or the row of the job, or have replaced it';
+            RAISE lock_not_available
+                USING MESSAGE = 'others hold the barrier or the row of the job, or have replaced it';
         END IF;
         RETURN json_build_object('error', 'job not found', 'job_id', asked_id);
     END IF;
@@ -357,8 +366,8 @@ BEGIN
     END IF;
     -- A job that failed by itself is put on record, too, so that no batch restarts it.
     IF v_stopped_at IS NOT NULL OR v_status = 'failed' AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
-        INSERT INTO emergency_stops (action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason,
-                                     caller, stopped_at)
+        INSERT INTO emergency_stops (
+            action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
         VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
     END IF;
@@ -420,7 +429,8 @@ BEGIN
         BEGIN
             v_answer := answer_if_ended(v_id::text, id, COALESCE(v_ended, 0), v_barrier);
             EXIT WHEN v_answer IS NOT NULL;
-            v_answer := attempt_stop(v_id::text, id, reason, COALESCE(v_ended, 0), caller, v_barrier, v_wait, v_attempt);
+            v_answer := attempt_stop(
+                v_id::text, id, reason, COALESCE(v_ended, 0), caller, v_barrier, v_wait, v_attempt);
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
@@ -435,7 +445,8 @@ BEGIN
         v_attempt := v_attempt + 1;
         CONTINUE WHEN v_barred AND v_wait > '0';
 
-        v_gone := end_or_name_holders(id, v_patience, force AND v_ended IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
+        v_gone := end_or_name_holders(
+            id, v_patience, force AND v_ended IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
         IF v_gone = 0 THEN  -- nobody holds it any more: one last try
             v_deadline := clock_timestamp() + '100ms';
         ELSE

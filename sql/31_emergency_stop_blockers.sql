@@ -171,13 +171,14 @@ AS $$
 DECLARE
     v_messages CONSTANT text := current_setting('client_min_messages');
     -- emergency_stop_jobs() has waited before, without a stop that waits.
-    v_waited   CONSTANT interval := COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
+    v_waited   CONSTANT interval :=
+        COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
     v_held     record;
 BEGIN
     -- Only who was there when the wait began has held the job for that long. Where all have come since, all are named.
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
            COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s)) AS holders,
-           json_agg(s) FILTER (WHERE force AND o.overdue AND NOT h.may_be_ended) AS not_ended
+           json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended
     INTO v_held
     FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - v_waited) h
     CROSS JOIN LATERAL (SELECT COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
@@ -190,7 +191,7 @@ BEGIN
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_held.pids) AS p (pid);  -- waits for its end
         PERFORM set_config('client_min_messages', v_messages, true);
         RETURN cardinality(v_held.pids);
-    ELSIF v_held.not_ended IS NOT NULL THEN
+    ELSIF force AND v_held.not_ended IS NOT NULL THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %L is locked', id),
                   DETAIL = json_build_object('blocked_by', v_held.holders, 'not_ended', v_held.not_ended),
@@ -200,12 +201,26 @@ BEGIN
         RAISE lock_not_available
             USING MESSAGE = format('job %L is locked', id),
                   DETAIL = v_held.holders,
-                  HINT = format('Others have held it for %s; nothing was changed. To end those sessions: '
-                                'SELECT emergency_stop_job(id, force => true).', patience);
+                  HINT = format('Others have held it for %s; nothing was changed. ', patience) || CASE
+                      WHEN v_held.not_ended IS NULL THEN
+                          'To end those sessions: SELECT emergency_stop_job(id, force => true).'
+                      ELSE 'Even force => true may not end all of them: an operator has to end a prepared transaction, '
+                           'with ROLLBACK PREPARED, and a superuser the other sessions.' END;
+    ELSIF problem IS NOT NULL AND EXISTS (
+        SELECT FROM pg_locks l
+        WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
+          AND (l.classid::bigint << 32 | l.objid::bigint) = job_barrier(to_job_id(end_or_name_holders.id)::text)
+          AND l.pid <> pg_backend_pid()
+          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) THEN
+        RAISE lock_not_available
+            USING MESSAGE = format('job %L is locked', id),
+                  DETAIL = '[]',
+                  HINT = format('Another stop of it has been at work for %s. Ask again when that has ended.', patience);
     ELSIF problem IS NOT NULL THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %L could not be stopped in %s: %s', id, patience, problem),
-                  HINT = 'Nobody holds it now. Look at the triggers of the tables jobs and executions, or try again.';
+                  HINT = 'Nobody is known to hold it. Triggers of the application may have waited for something else. '
+                         'Look at the triggers of the tables jobs and executions, or try again.';
     END IF;
     RETURN 0;
 END;

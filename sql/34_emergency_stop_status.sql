@@ -12,7 +12,8 @@
 --          of their ids; "history" the 20 last records, newest first.
 --          {"error": "job not found", "job_id": "a"}
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
--- Locks    what emergency_stop_blockers locks: nothing that outlives the call
+--          lock_not_available (55P03)         others hold a whole table; DETAIL has them, as a JSON array
+-- Locks    what emergency_stop_blockers locks: nothing that outlives the call. It waits for 1 s at most
 
 -- is_emergency_stopped(id, status, metadata): whether this job has ended and a stop was the last that was done to it.
 CREATE OR REPLACE FUNCTION is_emergency_stopped(id text, status text, metadata jsonb)
@@ -28,18 +29,21 @@ RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 SET timezone FROM CURRENT
 SET row_security = off
+SET lock_timeout = '1s'
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
     v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
-    v_counts       CONSTANT jsonb := COALESCE(unfinished_executions(v_key), '{}');
+    v_counts       jsonb;
     v_job          record;
     v_stop         record;
     v_history      json;
     v_confirmation json;
-    -- In the type of the column, so that it is rounded as the column's values are.
+    -- In the type of the column, so that they are rounded as the column's values are.
+    v_previous     executions.completed_at%TYPE;
     v_stopped_at   executions.completed_at%TYPE;
 BEGIN
+    v_counts := COALESCE(unfinished_executions(v_key), '{}');
     SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_status.id);
@@ -52,17 +56,23 @@ BEGIN
     INTO v_history
     FROM (SELECT * FROM emergency_stops r WHERE r.job_id = v_key ORDER BY r.id DESC LIMIT 20) s;
 
-    SELECT s.executions_stopped AS executions, s.stopped_at INTO v_stop
-    FROM emergency_stops s WHERE s.job_id = v_key AND s.action = 'stop' ORDER BY s.id DESC LIMIT 1;
+    SELECT s.executions_stopped AS executions, s.stopped_at, lead(s.stopped_at, 1, '-infinity') OVER w AS previous
+    INTO v_stop
+    FROM emergency_stops s WHERE s.job_id = v_key AND s.action = 'stop'
+    WINDOW w AS (ORDER BY s.id DESC)
+    ORDER BY s.id DESC LIMIT 1;
     IF FOUND THEN
         v_stopped_at := v_stop.stopped_at;
+        v_previous := v_stop.previous;
         -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
-        -- looked at. Written so that only the index on (job_id, id) gives the order.
+        -- looked at. Written so that only the index on (job_id, id) gives the order. A trigger of the application's may
+        -- have set completed_at to the start of the stop's transaction: what came after the stop before counts.
         WITH failed AS MATERIALIZED (
             SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
             FROM executions e
             WHERE e.job_id >= v_id AND e.job_id <= v_id AND e.status = 'failed'
-              AND e.output @> '{"emergency_stop": true}' AND e.completed_at >= v_stopped_at
+              AND e.output @> '{"emergency_stop": true}'
+              AND (e.completed_at > v_previous OR e.completed_at >= v_stopped_at)
             ORDER BY e.job_id DESC, e.id DESC
             LIMIT v_stop.executions
         ), begun AS (
@@ -87,6 +97,12 @@ BEGIN
             'blocked_by', (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b),
             'confirmation', v_confirmation, 'history', COALESCE(v_history, '[]'))) a
         WHERE a.key <> 'left_alone' OR a.value::text <> 'null');
+EXCEPTION WHEN lock_not_available THEN
+    RAISE lock_not_available
+        USING MESSAGE = format('job %L is locked', emergency_stop_status.id),
+              DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b),
+              HINT = 'A whole table is locked, so that the job cannot be looked at. emergency_stop_job would end those '
+                     'who lock it, with force => true.';
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_status(text) FROM PUBLIC;

@@ -72,17 +72,17 @@ BEGIN
             -- Where more have not ended than were looked at, the active ones of each job listed are counted anew.
             SELECT c.job_id, c.started, greatest(c.active, a.active) AS active, least(c.oldest, a.oldest) AS oldest
             FROM (SELECT * FROM counted WHERE started > 0 OR active > 0
-                  ORDER BY started DESC, active DESC, job_id LIMIT max_jobs) c
+                  ORDER BY started DESC, active DESC, job_id LIMIT runaway_jobs.max_jobs) c
             CROSS JOIN LATERAL (
                 SELECT count(*) AS active, min(n.created_at) AS oldest
                 FROM (SELECT e.created_at FROM executions e, total t
                       WHERE t.is_cut AND e.job_id = c.job_id AND e.status IN ('pending', 'running', 'processing')
-                      LIMIT greatest(100, v_rows / max_jobs)) n) a
+                      LIMIT greatest(100, v_rows / runaway_jobs.max_jobs)) n) a
         )
-        SELECT t.started, t.is_cut, t.jobs > max_jobs AS has_more, (
+        SELECT t.started, t.is_cut, t.jobs > runaway_jobs.max_jobs AS has_more, (
             SELECT json_agg(json_build_object(
                 'job_id', l.job_id::text, 'status', j.status, 'started', l.started,
-                'per_minute', trim_scale(round(l.started / minutes::numeric, 1)), 'active', l.active,
+                'per_minute', trim_scale(round(l.started / runaway_jobs.minutes::numeric, 1)), 'active', l.active,
                 'oldest_active_at', utc_seconds(l.oldest)) ORDER BY l.started DESC, l.active DESC, l.job_id)
             FROM listed l LEFT JOIN jobs j ON j.id = l.job_id) AS jobs
         INTO v_found

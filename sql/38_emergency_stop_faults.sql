@@ -42,8 +42,9 @@ BEGIN
 END;
 $$;
 
--- constraint_faults(): constraints on one column alone, the status, that do not let it become failed. Showing one locks
--- its table, ACCESS SHARE; where another session keeps it from that for 10 ms, no constraint is named.
+-- constraint_faults(): constraints on one column alone, the status, that do not let it become failed: checks, and
+-- foreign keys to a table of the states. Showing one locks its table, ACCESS SHARE; where another session keeps it from
+-- that for 10 ms, no constraint is named.
 CREATE OR REPLACE FUNCTION constraint_faults()
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -54,16 +55,20 @@ DECLARE
     v_allows boolean;
 BEGIN
     FOR v_check IN
-        SELECT c.conname AS name, c.conrelid::regclass AS table_name, pg_get_expr(c.conbin, c.conrelid) AS expression,
-               format_type(a.atttypid, a.atttypmod) AS type
+        SELECT c.conname AS name, c.conrelid::regclass AS table_name, format_type(a.atttypid, a.atttypmod) AS type,
+               CASE c.contype WHEN 'c' THEN pg_get_expr(c.conbin, c.conrelid)
+                    ELSE format('EXISTS (SELECT FROM %s AS states WHERE states.%I = %s.status)',
+                                c.confrelid::regclass, f.attname, c.conrelid::regclass) END AS expression
         FROM pg_constraint c
         JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'status' AND c.conkey = ARRAY[a.attnum]
-        WHERE c.conrelid IN (to_regclass('jobs'), to_regclass('executions')) AND c.contype = 'c'
+        LEFT JOIN pg_attribute f ON f.attrelid = c.confrelid AND f.attnum = c.confkey[1]
+        WHERE c.conrelid IN (to_regclass('jobs'), to_regclass('executions'))
+          AND (c.contype = 'c' OR c.contype = 'f' AND has_table_privilege(c.confrelid, 'SELECT'))
           AND pg_get_constraintdef(c.oid) NOT LIKE '%NOT ENFORCED'
         ORDER BY c.conname
     LOOP
         BEGIN
-            -- PostgreSQL itself has written the expression. @plpgsql_check_options: security_warnings = off
+            -- It is of PostgreSQL's own writing. @plpgsql_check_options: security_warnings = off
             EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %s',
                            v_check.expression, v_check.type, v_check.table_name) INTO v_allows;
         EXCEPTION
@@ -120,6 +125,12 @@ BEGIN
         UNION ALL
         SELECT m.fault FROM missing_parts() m WHERE m.fault IS NOT NULL
         UNION ALL
+        SELECT format('column %s.id has another type than it had at the installation: install again', f.table_name)
+        FROM (VALUES ('to_job_id(text)', 'jobs'), ('to_execution_id(text)', 'executions')) AS f (signature, table_name)
+        JOIN pg_proc p ON p.oid = to_regprocedure(f.signature)
+        JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
+        WHERE a.atttypid <> p.prorettype
+        UNION ALL
         SELECT f.* FROM function_faults(v_caller, v_owner) f
         UNION ALL
         SELECT f.* FROM constraint_faults() f
@@ -128,7 +139,8 @@ BEGIN
                       v_owner, n.what, n.role)
         FROM (VALUES
             ('pg_signal_backend', 'end the sessions of other roles, so that force does not work against them'),
-            ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them')
+            ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them, '
+                                  'and force also ends those that have just begun')
         ) AS n (role, what)
         JOIN pg_roles r ON r.rolname = v_owner AND NOT r.rolsuper
         WHERE NOT pg_has_role(v_owner, n.role, 'USAGE')
@@ -138,8 +150,11 @@ BEGIN
         WHERE NOT EXISTS (
             SELECT
             FROM pg_constraint c
-            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND c.conkey = ARRAY[a.attnum]
+            JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND a.attnum = ANY (c.conkey)
             WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
+        UNION ALL
+        SELECT format('warning: table %s is unlogged: a crash of the server empties it', t.name)
+        FROM tables t JOIN pg_class c ON c.oid = t.oid AND c.relpersistence = 'u'
         UNION ALL
         -- What the last ANALYZE has met. To look at the rows themselves would take too long on some tables.
         SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '

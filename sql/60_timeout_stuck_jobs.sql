@@ -23,12 +23,13 @@ BEGIN
     -- The latest first: of a job that goes on, few are looked at. Only the index on (job_id, id) gives this order.
     PERFORM FROM executions e
     WHERE e.job_id >= v_id AND e.job_id <= v_id
-      AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > since,
+      AND COALESCE(greatest(e.created_at, e.started_at, e.completed_at) > job_has_progressed.since,
                    e.status IN ('pending', 'running', 'processing'))
     ORDER BY e.job_id DESC, e.id DESC
     LIMIT 1;
     RETURN FOUND OR EXISTS (
-        SELECT FROM emergency_stops s WHERE s.job_id = job_has_progressed.id AND s.stopped_at > since);
+        SELECT FROM emergency_stops s
+        WHERE s.job_id = job_has_progressed.id AND s.stopped_at > job_has_progressed.since);
 END;
 $$;
 
@@ -53,7 +54,7 @@ BEGIN
     SELECT j.status INTO v_before
     FROM jobs j
     WHERE j.id = v_id AND j.status IN ('created', 'pending', 'processing')
-      AND greatest(j.created_at, j.updated_at) <= since FOR NO KEY UPDATE;
+      AND greatest(j.created_at, j.updated_at) <= time_out_job.since FOR NO KEY UPDATE;
     IF NOT FOUND OR job_has_progressed(time_out_job.id, since) THEN
         RAISE SQLSTATE 'BS001';
     END IF;
@@ -124,6 +125,9 @@ BEGIN
             WHEN SQLSTATE 'BS001' THEN
             WHEN lock_not_available OR deadlock_detected OR SQLSTATE 'BS002' THEN
                 v_more := true;
+            WHEN plpgsql_error OR integrity_constraint_violation OR data_exception THEN
+                v_more := true;
+                RAISE WARNING 'job % is not timed out: %', quote_literal(v_job.id), SQLERRM;
         END;
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);

@@ -62,7 +62,7 @@ BEGIN
            COALESCE(array_agg(j.id::text ORDER BY j.updated_at, j.id) FILTER (WHERE n.skipped IS NULL), '{}')
     INTO v_skipped, v_ids
     FROM jobs j, next_attempt(j.id::text, j.metadata) n
-    WHERE j.status = 'failed' AND j.updated_at >= v_now - max_age;
+    WHERE j.status = 'failed' AND j.updated_at >= v_now - repair_stuck_jobs.max_age;
 
     FOREACH v_id IN ARRAY v_ids LOOP
         EXIT WHEN cardinality(v_jobs) >= max_jobs;
@@ -71,12 +71,17 @@ BEGIN
         PERFORM FROM jobs j WHERE j.id = to_job_id(v_id) AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND OR NOT pg_try_advisory_xact_lock(job_barrier(v_id))
                       OR NOT pg_try_advisory_xact_lock_shared(job_barrier(v_id));
-        UPDATE jobs j
-        SET status = 'pending', updated_at = v_now, metadata = as_object(j.metadata, 'previous_metadata')
-                || jsonb_build_object('republish_count', n.attempt, 'republished_at', utc_seconds(v_now))
-        FROM jobs f, next_attempt(v_id, f.metadata) n
-        WHERE j.id = to_job_id(v_id) AND f.id = j.id AND n.skipped IS NULL
-        RETURNING j.status, n.attempt INTO v_job;
+        BEGIN
+            UPDATE jobs j
+            SET status = 'pending', updated_at = v_now, metadata = as_object(j.metadata, 'previous_metadata')
+                    || jsonb_build_object('republish_count', n.attempt, 'republished_at', utc_seconds(v_now))
+            FROM jobs f, next_attempt(v_id, f.metadata) n
+            WHERE j.id = to_job_id(v_id) AND f.id = j.id AND n.skipped IS NULL
+            RETURNING j.status, n.attempt INTO v_job;
+        EXCEPTION WHEN plpgsql_error OR integrity_constraint_violation OR data_exception THEN
+            RAISE WARNING 'job % is not republished: %', quote_literal(v_id), SQLERRM;
+            CONTINUE;
+        END;
         CONTINUE WHEN v_job.status IS DISTINCT FROM 'pending';  -- such as when a trigger of the application's keeps it
         PERFORM notify_workers('job_republished', json_build_object(
             'job_id', v_id, 'republished_at', utc_seconds(v_now), 'attempt', v_job.attempt));

@@ -35,9 +35,9 @@ BEGIN
         RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT
         AS %L', format('SELECT %L::jsonb', v_functions));
 
-    -- PUBLIC may execute none of the functions that the manifest lists, nor the manifest. A role that had a right on a function that was dropped gets
-    -- it on the one that took its place. Default privileges of the installer may have opened the records for more than
-    -- reading. Triggers have their functions now.
+    -- PUBLIC may execute none of the functions that the manifest lists, nor the manifest. A role that had a right on a
+    -- function that was dropped gets it on the one that took its place. Default privileges of the installer may have
+    -- opened the records for more than reading. Triggers have their functions now.
     FOR v_statement IN
         SELECT format('REVOKE ALL ON FUNCTION installed_functions(), %s FROM PUBLIC', string_agg(f.signature, ', '))
         FROM jsonb_object_keys(v_functions) AS f (signature)

@@ -1,13 +1,18 @@
 -- Takes Beacon Stop away from the first schema of search_path: psql -f sql/uninstall.sql. It can be repeated.
 -- The tables stay, with all their columns and rows, and so do the records with their indexes.
 --
--- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
+-- Raises   invalid_schema_name (3F000)  search_path names no schema that exists
+--          lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 -- Locks    as the installation, all of our tables at once, if there is anything to take away
 DO $$
 DECLARE
     v_functions regprocedure[];
     v_drop      text;
 BEGIN
+    IF current_schema() IS NULL THEN
+        RAISE invalid_schema_name
+            USING MESSAGE = 'search_path names no schema that exists: expected the one to take Beacon Stop away from';
+    END IF;
     PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
     PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), true);
     IF to_regprocedure('installed_functions()') IS NULL THEN

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 import psutil
 import psycopg
 import pytest
-from conftest import Client, change_function, count_active, in_thread, is_waiting, new_database, wait_until
+from conftest import TOKEN, Client, change_function, count_active, hold_stops, in_thread, is_waiting, let_stops_go, new_database, stops_are_held, wait_until
 from processes import suspended
 
 import beacon_stop
@@ -213,7 +213,7 @@ def test_a_prepared_transaction_is_named_by_its_gid_and_ends_nobody(db, make_job
             (blocker,) = detail["not_ended"] if stop == FORCE else detail
             assert (blocker["pid"], blocker["application_name"], blocker["state"]) == (0, "left over", "prepared transaction")
             assert blocker["transaction_seconds"] >= 0.2
-        assert "ROLLBACK PREPARED" in locked.hint
+            assert "ROLLBACK PREPARED" in locked.hint  # also before force was tried
         assert [is_alive(session) for session in (bystander, worker)] == [True, True]
         assert count_active(db, job_id) == 2
     finally:
@@ -450,6 +450,11 @@ def test_a_prepared_transaction_is_named_by_its_gid_and_keeps_force_from_ending_
             assert [row[:4] for row in found] == [
                 (0, gid, "postgres", "prepared transaction") for gid in ("changed", "inserted", "shared")
             ]
+            app = beacon_stop.create_app({"DATABASE_URL": url, "ADMIN_TOKEN": TOKEN}, lock_timeout="300ms")
+            told = Client(app).stop("a")
+            app.close()
+            assert (told.status, len(told.json["blocked_by"])) == (503, 4)
+            assert "ROLLBACK PREPARED" in told.json["hint"]  # before: to send force, which ends no such transaction
             assert all(0 <= seconds < 60 and query is None for *_, seconds, query in found)
             with pytest.raises(psycopg.errors.LockNotAvailable, match="job 'a' is locked") as refused:
                 db.execute(FORCE, ("a",))
@@ -483,3 +488,18 @@ def test_nobody_is_in_their_own_way(make_job, hold):
     session.execute(HOLDS["another locked table"])
 
     assert session.execute("SELECT * FROM emergency_stop_blockers(%s)", (job_id,)).fetchall() == []
+
+
+def test_a_stop_that_takes_longer_than_the_lock_timeout_is_named_as_what_the_others_wait_for(make_app, db, connect, make_job):
+    """Of a large job. Before, the second caller got a 500, and was told to look at the triggers."""
+    job_id = make_job(running=2)
+    hold_stops(db)
+    with in_thread(connect().execute, STOP, (job_id,)) as first:
+        try:
+            wait_until(lambda: stops_are_held(db))
+            answer = Client(make_app(lock_timeout="300ms")).stop(job_id)
+        finally:
+            let_stops_go(db)
+    assert first.result.fetchone()[0]["executions_stopped"] == 2
+    assert (answer.status, answer.json["error"], answer.json["blocked_by"]) == (503, "job is locked", [])
+    assert "Another stop of it" in answer.json["hint"]

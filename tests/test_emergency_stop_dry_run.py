@@ -92,6 +92,17 @@ def test_a_locked_job_is_named_with_its_holders_of_whom_none_is_ended(make_job, 
     assert dry_run(job_id)["executions_stopped"] == 3
 
 
+def test_who_locks_the_whole_table_of_executions_is_named(make_job, connect, service, dry_run):
+    """Before, the count of the executions met the lock and named nobody."""
+    job_id, session = make_job(running=3), connect(autocommit=False)
+    session.execute("LOCK TABLE executions IN ACCESS EXCLUSIVE MODE")
+    service.execute("SET lock_timeout = '100ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked") as error:
+        dry_run(job_id)
+    assert [each["pid"] for each in json.loads(error.value.diag.message_detail)] == [session.info.backend_pid]
+
+
 def test_beyond_ten_thousand_active_executions_it_is_refused(db, make_job, dry_run):
     job_id = make_job(pending=10_000, completed=5)
 

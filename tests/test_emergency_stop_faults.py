@@ -400,3 +400,43 @@ def test_a_trigger_that_is_there_but_does_not_fire_is_a_fault_until_it_is_instal
     assert faults == [f"trigger {trigger} on table {table} is missing"]
     beacon_stop.init_db(owner_url)
     assert db.execute("SELECT * FROM emergency_stop_faults()").fetchall() == []
+
+
+def test_a_foreign_key_to_states_without_failed_is_named(db, faults):
+    db.execute("""
+        CREATE TABLE states (status text PRIMARY KEY);
+        INSERT INTO states VALUES ('created'), ('pending'), ('processing');
+        ALTER TABLE jobs ADD CONSTRAINT known FOREIGN KEY (status) REFERENCES states""")
+
+    assert faults() == ["constraint known on table jobs forbids the status failed"]
+    db.execute("INSERT INTO states VALUES ('failed')")
+    assert faults() == []
+
+
+def test_another_type_of_an_id_than_at_the_installation_is_named(db, faults):
+    """Before, jobs that the old type cannot hold were not found, and nobody was told why."""
+    db.execute("ALTER TABLE executions ALTER id TYPE int")
+
+    assert "column executions.id has another type than it had at the installation: install again" in faults()
+
+
+def test_a_table_that_a_crash_would_empty_is_warned_of(db, faults):
+    db.execute("ALTER TABLE executions SET UNLOGGED")
+
+    assert faults() == ["warning: table executions is unlogged: a crash of the server empties it"]
+
+
+def test_a_foreign_key_of_several_columns_leads_to_jobs_too(db, faults):
+    db.execute("""
+        ALTER TABLE jobs ADD COLUMN tenant int NOT NULL DEFAULT 1, ADD UNIQUE (tenant, id);
+        ALTER TABLE executions ADD COLUMN tenant int NOT NULL DEFAULT 1, DROP CONSTRAINT executions_job_id_fkey,
+            ADD FOREIGN KEY (tenant, job_id) REFERENCES jobs (tenant, id)""")
+
+    assert faults() == []
+
+
+def test_a_database_that_quotes_all_names_has_no_fault(db, service, faults):
+    """Before, all triggers were missing there."""
+    service.execute("SET quote_all_identifiers = on")
+
+    assert faults() == []

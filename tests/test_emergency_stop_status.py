@@ -1,7 +1,7 @@
 """sql/34_emergency_stop_status.sql: what a stop would meet, what stops have done, what the workers have confirmed."""
 
 import pytest
-from conftest import wait_until
+from conftest import TOKEN, Client, wait_until
 
 STATUS = "SELECT emergency_stop_status(%s)"
 KEYS = ["job_id", "status", "stopped", "active", "blocked_by", "confirmation", "history"]
@@ -245,3 +245,33 @@ def test_columns_without_fractions_of_seconds_hide_no_execution(db, service, mak
     for number in range(10):
         stop_at_another_fraction(number)
     assert [status_of(job_id)["confirmation"]["in_hand"] for job_id in jobs] == [1] * 10
+
+
+def test_a_trigger_that_sets_its_own_time_of_completion_hides_no_execution(db, service, make_worked_job, stop, status_of):
+    """now() is the start of the stop's transaction, a little before the stop. Before, nothing was in hand."""
+    db.execute("""
+        CREATE FUNCTION set_time() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.completed_at := now(); RETURN NEW; END';
+        CREATE TRIGGER set_time BEFORE UPDATE ON executions FOR EACH ROW WHEN (NEW.status = 'failed')
+            EXECUTE FUNCTION set_time()""")
+    job_id, ids = make_worked_job(3)
+    stop(job_id)
+    confirm(db, ids[0])
+
+    assert status_of(job_id)["confirmation"]["in_hand"] == 3
+    assert [each["id"] for each in status_of(job_id)["confirmation"]["outstanding"]] == ids[1:]
+    service.execute("SELECT release_job(%s, 'fixed', 'processing')", (job_id,))
+    db.execute("INSERT INTO executions (job_id, status, started_at) VALUES (%s, 'running', now())", (job_id,))
+    stop(job_id)
+    assert status_of(job_id)["confirmation"]["in_hand"] == 1
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops"])
+def test_who_locks_a_whole_table_is_named(make_app, connect, make_job, table):
+    """Before, the answer was that tables are locked, and nobody was named."""
+    job_id, session = make_job(running=1), connect(autocommit=False)
+    session.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+
+    answer = Client(make_app())("GET", f"/admin/jobs/{job_id}/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert (answer.status, answer.json["error"], answer.json["job_id"]) == (503, "job is locked", job_id)
+    assert [each["pid"] for each in answer.json["blocked_by"]] == [session.info.backend_pid]
+    assert "table" in answer.json["hint"]

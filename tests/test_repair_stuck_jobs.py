@@ -372,3 +372,15 @@ def test_the_first_to_fail_come_first_whatever_the_plan(db, service, make_job, r
     service.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
 
     assert ids(repair()) == [jobs[number] for number in (3, 5, 1, 4, 0, 2)]
+
+
+def test_a_job_that_may_not_be_set_back_keeps_no_other_from_it(db, make_job, repair):
+    """Before, one job that a unique index forbids made every call fail."""
+    jobs = [make_job(f"{name}", status="failed") for name in ("a", "b", "c")]
+    make_job("works already", status="processing")
+    db.execute("ALTER TABLE jobs ADD COLUMN tenant text")
+    db.execute("UPDATE jobs SET tenant = CASE WHEN id IN ('b', 'works already') THEN 'one' ELSE id END")
+    db.execute("CREATE UNIQUE INDEX ON jobs (tenant) WHERE status IN ('pending', 'processing')")
+
+    answer = repair()
+    assert (sorted(ids(answer)), answer["more"]) == ([jobs[0], jobs[2]], True)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from conftest import readme_block, url_of
+from conftest import age, readme_block, url_of
 from test_install import everything, install
 
 import beacon_stop
@@ -413,3 +413,32 @@ def test_default_privileges_do_not_open_the_records(bare, bare_url, installed):
         for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"):
             query = "SELECT has_table_privilege('beacon_service', %s, %s)"
             assert bare.execute(query, (table, privilege)).fetchone() == (False,), (table, privilege)
+
+
+def test_no_column_of_the_application_s_own_is_taken_for_a_parameter(db, service, make_job, stop):
+    """One named mark, or barrier, made every stop fail, and no fault was named."""
+    names = db.execute("""
+        SELECT DISTINCT quote_ident(a.name)
+        FROM pg_proc p, unnest(p.proargnames) AS a (name)
+        WHERE p.pronamespace = 'public'::regnamespace AND a.name <> 'xmax'""").fetchall()
+    for table in ("jobs", "executions", "emergency_stops"):
+        for (name,) in names:
+            db.execute(f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS {name} int")
+    job_id, failed, stuck = make_job(running=2), make_job(status="failed"), make_job(running=1)
+    age(db, 60, stuck)
+
+    assert len(names) > 50
+    for question in ("emergency_stop_dry_run(%s)", "emergency_stop_status(%s)", "get_job(%s)"):
+        assert service.execute(f"SELECT {question}", (job_id,)).fetchone()[0].get("error") is None
+    assert service.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 1
+    assert service.execute("SELECT repair_stuck_jobs()").fetchone()[0]["republished_count"] == 2
+    assert [job["job_id"] for job in service.execute("SELECT runaway_jobs()").fetchone()[0]["jobs"]] == [job_id]
+    assert stop(job_id)["executions_stopped"] == 2
+    assert stop(failed)["executions_stopped"] == 0
+    (stopped,) = db.execute("SELECT array_agg(id) FROM executions WHERE job_id = %s", (job_id,)).fetchone()
+    assert db.execute("SELECT confirm_stopped(%s)", (stopped,)).fetchone() == (2,)
+    assert service.execute("SELECT release_job(%s, 'fixed', 'pending')", (job_id,)).fetchone()[0]["ok"]
+    assert service.execute("SELECT count(*) FROM list_executions(%s)", (job_id,)).fetchone() == (2,)
+    assert service.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id],)).fetchone()[0]["ok"]
+    assert service.execute("SELECT count(*) FROM emergency_stop_blockers(%s)", (job_id,)).fetchone() == (0,)
+    assert service.execute("SELECT * FROM emergency_stop_faults()").fetchall() == []
