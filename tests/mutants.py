@@ -68,9 +68,11 @@ TESTS = {
     "32_emergency_stop_jobs": "emergency_stop_jobs http hostile",
     "36_release_job": "release_job emergency_stop_status repair_stuck_jobs timeout_stuck_jobs",
     "38_emergency_stop_faults": "emergency_stop_faults install tables",
+    "40_get_job": "get_job tables",
+    "50_list_executions": "list_executions tables",
     "60_timeout_stuck_jobs": "timeout_stuck_jobs application_triggers release_job hostile",
     "70_repair_stuck_jobs": "repair_stuck_jobs application_triggers release_job hostile",
-    "98_manifest": "install emergency_stop_faults",
+    "98_manifest": "install tables emergency_stop_faults",
     "99_end": "install tables emergency_stop_faults",
 }  # fmt: skip
 
