@@ -143,6 +143,30 @@ def test_several_installers_at_once(bare, bare_url, tool):
     assert bare.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
 
 
+def test_a_migration_may_install_twice_in_one_transaction(bare):
+    with bare.transaction():
+        for file in beacon_stop.sql_files() * 2:
+            bare.execute(file.read_bytes())
+
+    assert [fault for (fault,) in bare.execute("SELECT emergency_stop_faults()") if "warning" not in fault] == []
+
+
+def test_functions_that_others_make_meanwhile_are_not_taken_for_its_own(bare, bare_url):
+    """Not even such as are like its own, but in another schema."""
+    with psycopg.connect(bare_url) as installer:
+        for file in beacon_stop.sql_files():
+            if file.name == "98_manifest.sql":
+                bare.execute("""
+                    CREATE SCHEMA other;
+                    CREATE FUNCTION other.theirs() RETURNS int LANGUAGE sql SET search_path = public, pg_temp RETURN 1;
+                    CREATE FUNCTION public.theirs() RETURNS int LANGUAGE sql RETURN 1""")
+            installer.execute(file.read_bytes())
+
+    installed = bare.execute("SELECT name FROM jsonb_object_keys(installed_functions()) AS k (name)").fetchall()
+    assert len(installed) > 20
+    assert [name for (name,) in installed if "theirs" in name] == []
+
+
 def test_installing_again_locks_no_table(db, connect, owner_url, make_job):
     """Version 1.0 did not either; the columns that were added since must not change that."""
     first, second = make_job(running=1), make_job(running=1)
