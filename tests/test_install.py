@@ -346,18 +346,26 @@ def test_an_index_that_is_of_no_use_is_made_again(db, owner_url):
 
 def test_tables_further_on_in_the_search_path_are_warned_of(bare, bare_url):
     """Version 1.0 made new, empty tables beside them without a word: the brake then worked on those."""
-    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE SCHEMA brake")
+    bare.execute(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, status text)"
+    )
+    bare.execute("CREATE SCHEMA brake")
 
     said, warned = install(bare_url, PGOPTIONS="-c search_path=brake,public")
     assert said[0].startswith("Beacon Stop goes into schema brake of database ")
     assert "table jobs: made" in said
-    assert warned == ["a new table jobs is made in schema brake, although schema public has one already"]
+    assert warned == [
+        f"a new table {table} is made in schema brake, although schema public has one already"
+        for table in ("executions", "jobs")
+    ]
     assert install(bare_url, PGOPTIONS="-c search_path=brake,public")[1] == []
 
 
 def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
     """Version 1.0 said nothing of them, and left such executions running without a word."""
     make_job(status="archived", running=1, queued=2, RUNNING=1, completed=1)
+    for status in ("created", "pending", "processing", "completed", "failed", "cancelled"):
+        make_job(status=status, pending=1, running=1, processing=1, completed=1, failed=1, cancelled=1)
 
     assert sorted(install(owner_url)[1]) == [
         "executions have the status 'RUNNING', which is none of the six that a stop knows: it leaves them alone",
@@ -436,6 +444,76 @@ def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
         beacon_stop.init_db(bare_url)
     assert refused.value.diag.message_primary == f"constraint states on table {table} forbids the status failed"
     assert everything(bare) == before
+
+
+def test_of_all_faults_the_first_in_their_order_is_the_error_and_the_detail_has_all(bare, bare_url):
+    checks = ", ".join(f"CONSTRAINT {name} CHECK (status <> 'failed')" for name in ("b", "d", "a", "c"))
+    bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text, {checks})")
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
+        beacon_stop.init_db(bare_url)
+    faults = [f"constraint {name} on table jobs forbids the status failed" for name in "abcd"]
+    assert refused.value.diag.message_primary == faults[0]
+    assert refused.value.diag.message_detail == "\n".join(faults)
+
+
+@contextmanager
+def noticing(db: psycopg.Connection) -> Iterator[list[tuple[str, str]]]:
+    """What the server says in the block, with its severity."""
+    said: list[tuple[str, str]] = []
+
+    def notice(diagnostic: psycopg.errors.Diagnostic) -> None:
+        said.append((diagnostic.severity_nonlocalized, diagnostic.message_primary))
+
+    db.add_notice_handler(notice)
+    yield said
+    db.remove_notice_handler(notice)
+
+
+END = (ROOT / "sql" / "99_end.sql").read_bytes()
+
+
+def test_each_column_without_a_time_zone_is_spoken_of_and_no_other(db):
+    db.execute("ALTER TABLE jobs ADD due timestamp; CREATE TABLE theirs (created_at timestamp)")
+    db.execute("DROP INDEX jobs_updated_at_ongoing_idx")  # which is for one type
+    with noticing(db) as said:
+        db.execute(END)
+    assert said == []
+
+    for column in ("jobs created_at", "jobs updated_at", "executions started_at", "executions completed_at"):
+        change = "ALTER TABLE {} ALTER {} TYPE {{}}".format(*column.split())
+        db.execute(change.format("timestamp"))
+        with noticing(db) as said:
+            db.execute(END)
+        assert [message.split(" are ")[0] for _, message in said] == ["columns without a time zone"], column
+        db.execute(change.format("timestamptz"))
+
+
+def test_at_its_end_the_installation_reads_no_execution_that_has_ended(db, make_job):
+    make_job(completed=100)
+
+    with db.transaction():
+        db.execute(END)
+        read = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+        assert db.execute(read).fetchone() == (0, 0)
+        assert db.execute("SHOW enable_seqscan").fetchone() == ("on",)
+
+
+def test_the_settings_of_a_session_that_installs_are_afterwards_what_they_were(bare):
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TEMPORARY TABLE jobs (id int)")
+    bare.execute("DO 'BEGIN END'; SET plpgsql.extra_errors = 'all'; SET plpgsql.extra_warnings = 'all'")
+    bare.execute("SET enable_seqscan = off; SET lock_timeout = '7s'; SET search_path = public")
+    settings = "SELECT name, setting FROM pg_settings ORDER BY name"
+    before = bare.execute(settings).fetchall()
+
+    with noticing(bare) as said, bare.transaction():
+        bare.execute("SET LOCAL lock_timeout = '8s'")
+        for file in beacon_stop.sql_files():
+            bare.execute(file.read_bytes())
+        assert bare.execute("SHOW lock_timeout").fetchone() == ("8s",)
+    assert [message for severity, message in said if severity == "WARNING"] == []
+    assert bare.execute(settings).fetchall() == before
+    assert bare.execute("SELECT COALESCE(current_setting('beacon_stop.rights', true), '')").fetchone() == ("",)
 
 
 def test_a_schema_open_to_everyone_is_warned_of(bare, bare_url):
