@@ -202,7 +202,8 @@ def test_a_constraint_that_fails_with_an_error_forbids_a_status_as_well(db, faul
 def test_foreign_keys_that_lead_elsewhere_do_not_count(db, faults):
     """From another table, from another column, to another table."""
     db.execute("""
-        CREATE TABLE theirs (id text PRIMARY KEY, c2 int, c3 int, c4 int, c5 int, c6 int, c7 int, job_id text REFERENCES jobs);
+        CREATE TABLE theirs (
+            id text PRIMARY KEY, c2 int, c3 int, c4 int, c5 int, c6 int, c7 int, job_id text REFERENCES jobs);
         ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey, ADD other text REFERENCES jobs,
             ADD FOREIGN KEY (job_id) REFERENCES theirs""")
 

@@ -306,6 +306,7 @@ def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
     bare.execute(VERSION_1)
     names = ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
     bare.execute(f"GRANT EXECUTE ON FUNCTION {', '.join(names)} TO beacon_service")
+    bare.execute("GRANT EXECUTE ON FUNCTION emergency_stop_job TO PUBLIC")
 
     install(bare_url)
     may = bare.execute("""
@@ -313,6 +314,22 @@ def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
         WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')
         ORDER BY 1""")
     assert [name for (name,) in may] == names
+    public = "SELECT has_function_privilege('public', 'emergency_stop_job'::regproc, 'EXECUTE')"
+    assert bare.execute(public).fetchone() == (False,)
+
+
+def test_rights_on_other_functions_of_such_names_give_no_rights(bare, bare_url, installed):
+    bare.execute("""
+        CREATE SCHEMA theirs;
+        CREATE FUNCTION get_job(int) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE FUNCTION theirs.list_executions() RETURNS int LANGUAGE sql SET search_path = public, pg_temp RETURN 1;
+        GRANT EXECUTE ON FUNCTION get_job(int), theirs.list_executions() TO beacon_service""")
+
+    install(bare_url)
+    may = bare.execute("""
+        SELECT p.oid::regprocedure::text FROM pg_proc p
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')""")
+    assert may.fetchall() == [("get_job(integer)",)]
 
 
 def test_what_is_switched_off_is_switched_on(db, owner_url):
