@@ -116,6 +116,23 @@ FAULTY = {
         "index executions_job_id_id_idx is missing",
         "ALTER INDEX another RENAME TO executions_job_id_id_idx",
     ),
+    "an index of the records that is gone": (
+        "ALTER INDEX emergency_stops_job_id_id_idx RENAME TO another",
+        "index emergency_stops_job_id_id_idx is missing",
+        "ALTER INDEX another RENAME TO emergency_stops_job_id_id_idx",
+    ),
+    "an index of the name in another order": (
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another;"
+        "CREATE INDEX executions_job_id_id_idx ON executions (job_id, id DESC)",
+        "index executions_job_id_id_idx is not valid",
+        "DROP INDEX executions_job_id_id_idx; ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
+    "an index of the name on another table": (
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another; CREATE TABLE theirs (job_id text, id bigint);"
+        "CREATE INDEX executions_job_id_id_idx ON theirs (job_id, id)",
+        "index executions_job_id_id_idx is not valid",
+        "DROP TABLE theirs; ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
     "no foreign key": (
         "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
         "warning: no foreign key leads from executions.job_id to jobs,"
@@ -168,6 +185,12 @@ def test_each_table_that_is_gone_is_named(db, faults, table):
     db.execute(f"ALTER TABLE {table} RENAME TO another")
 
     assert f"table {table} is missing" in faults()
+
+
+def test_indexes_that_only_batches_need_are_no_fault(db, faults):
+    db.execute("DROP INDEX jobs_updated_at_ongoing_idx, jobs_updated_at_failed_idx, batch_changes_job_id_idx")
+
+    assert faults() == []
 
 
 def test_constraints_that_let_a_status_become_failed_are_none(db, faults):

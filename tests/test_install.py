@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import ROOT, in_thread, url_of, wait_until
+from conftest import ROOT, change_function, in_thread, is_waiting, url_of, wait_until
 
 import beacon_stop
 
@@ -276,6 +276,71 @@ def test_tables_that_are_never_free_are_named_with_who_uses_them(bare, bare_url)
     assert everything(bare) == before
 
 
+LOCK_ALL = "SELECT lock_all_tables()"
+
+
+def test_all_tables_are_locked_together(db):
+    with db.transaction():
+        db.execute(LOCK_ALL)
+        locked = db.execute("""
+            SELECT l.relation::regclass::text FROM pg_locks l
+            WHERE l.pid = pg_backend_pid() AND l.mode = 'AccessExclusiveLock' AND l.locktype = 'relation' ORDER BY 1""")
+        assert [name for (name,) in locked] == ["batch_changes", "emergency_stops", "executions", "jobs"]
+
+
+def test_where_no_timeout_is_set_the_wait_for_the_tables_ends_and_names_who_uses_them_and_nobody_else(db, connect):
+    change_function(db, "lock_all_tables", "'1min'", "'50ms'")
+    user, bystander, waiting = (connect(autocommit=False, application_name=name) for name in ("user", "by", "waits"))
+    bystander.execute("CREATE TABLE theirs ()")
+    user.execute("LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
+    waiter = "LOCK TABLE jobs IN SHARE MODE"
+
+    with in_thread(waiting.execute, waiter):
+        wait_until(lambda: is_waiting(db, waiting))
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="nothing was changed") as refused, db.transaction():
+            db.execute(LOCK_ALL)
+        user.rollback()
+    assert refused.value.diag.message_detail == f"They are used by pid {user.info.backend_pid} ({user.info.user}, user)"
+
+
+@pytest.mark.parametrize(("table", "milliseconds"), [("executions", 110), ("jobs", 50)])
+def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db, connect, table, milliseconds):
+    """A wait that begins with 100 ms; for a table that is not the first it would never be as long as 50 ms."""
+    change_function(db, "lock_all_tables", "300 * random()", "30 * random()")
+    user, installer = connect(autocommit=False), connect()
+    user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
+    waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - make_interval(secs => %s)"
+
+    with in_thread(installer.execute, LOCK_ALL):
+        wait_until(lambda: db.execute(waits, (installer.info.backend_pid, milliseconds / 1000)).fetchall())
+        user.rollback()
+
+
+def test_a_deadlock_with_a_worker_is_given_up_and_tried_again(db, connect, make_job):
+    make_job(running=1)
+    change_function(db, "lock_all_tables", "300 * random() ^ 4", "5000")
+    worker, installer = connect(autocommit=False), connect()
+    worker.execute("SET deadlock_timeout = '15s'; UPDATE jobs SET updated_at = now()")
+    installer.execute("SET deadlock_timeout = '150ms'")
+
+    with in_thread(installer.execute, LOCK_ALL):
+        wait_until(lambda: is_waiting(db, installer))
+        worker.execute("UPDATE executions SET output = NULL")
+        worker.commit()
+
+
+def test_a_prepared_transaction_that_uses_the_tables_has_no_process_to_be_named(db, connect):
+    change_function(db, "lock_all_tables", "'1min'", "'50ms'")
+    user = connect(autocommit=False)
+    user.execute("LOCK TABLE jobs IN ROW EXCLUSIVE MODE; PREPARE TRANSACTION 'uses jobs'")
+
+    try:
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="nothing was changed"):
+            db.execute(LOCK_ALL)
+    finally:
+        db.execute("ROLLBACK PREPARED 'uses jobs'")
+
+
 def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
     bare.execute(VERSION_1)
     stops = bare.execute(
@@ -316,6 +381,20 @@ def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
     assert [name for (name,) in may] == names
     public = "SELECT has_function_privilege('public', 'emergency_stop_job'::regproc, 'EXECUTE')"
     assert bare.execute(public).fetchone() == (False,)
+
+
+def test_what_has_such_names_elsewhere_is_not_taken_away(bare, bare_url):
+    bare.execute("""
+        CREATE SCHEMA theirs;
+        CREATE FUNCTION theirs.confirm_stopped(text) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE FUNCTION theirs.emergency_stop_blockers(text) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE TABLE orders (id int);
+        CREATE INDEX executions_job_id_active_idx ON orders (id)""")
+    names = "SELECT array_agg(indexname ORDER BY 1) FROM pg_indexes WHERE tablename = 'orders'"
+
+    install(bare_url)
+    assert bare.execute("SELECT theirs.confirm_stopped('') + theirs.emergency_stop_blockers('')").fetchone() == (2,)
+    assert bare.execute(names).fetchone() == (["executions_job_id_active_idx"],)
 
 
 def test_rights_on_other_functions_of_such_names_give_no_rights(bare, bare_url, installed):

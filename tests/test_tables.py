@@ -424,8 +424,8 @@ def test_everything_that_is_in_the_way_is_listed(bare, bare_url):
 
 @pytest.mark.parametrize("status", ["varchar(7)", "varchar"])
 def test_a_status_that_just_works_is_taken(bare, bare_url, status):
-    bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status {status})")
-    bare.execute(f"CREATE TABLE executions (id bigint, job_id text REFERENCES jobs, status {status})")
+    bare.execute(f"CREATE TABLE jobs (id varchar(3) PRIMARY KEY, status {status})")
+    bare.execute(f"CREATE TABLE executions (id varchar(3), job_id varchar(3) REFERENCES jobs, status {status})")
 
     install(bare_url)
     bare.execute("INSERT INTO jobs (id, status) VALUES ('a', 'pending')")
@@ -433,7 +433,9 @@ def test_a_status_that_just_works_is_taken(bare, bare_url, status):
     assert bare.execute("SELECT emergency_stop_job('a')").fetchone()[0]["executions_stopped"] == 1
 
 
-STOP = "INSERT INTO emergency_stops (job_id, previous_status, stopped_at, executions_stopped{}) VALUES ('a', 'b', now(), "
+STOP = (
+    "INSERT INTO emergency_stops (job_id, previous_status, stopped_at, executions_stopped{}) VALUES ('a', 'b', now(), "
+)
 CHANGE = "INSERT INTO batch_changes (operation, job_id, previous_status, changed_at, {}) VALUES ("
 BOUNDS = {
     "INSERT INTO jobs (id) VALUES (repeat('x', {}))": (["1", "255"], ["0", "256"]),
