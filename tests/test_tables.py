@@ -366,7 +366,8 @@ REFUSED = {
     "an id that is unique in part, or only together with another column": (
         "CREATE TABLE jobs (name text UNIQUE, id text, status text);"
         "CREATE TABLE executions (id bigint PRIMARY KEY, job_id text, status text);"
-        "CREATE INDEX ON jobs (id); CREATE UNIQUE INDEX ON jobs (id, status); CREATE UNIQUE INDEX half_made ON jobs (id);"
+        "CREATE INDEX ON jobs (id); CREATE UNIQUE INDEX ON jobs (id, status);"
+        "CREATE UNIQUE INDEX half_made ON jobs (id);"
         "CREATE UNIQUE INDEX ON jobs (id) WHERE status = 'pending';"
         "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'half_made'::regclass",
         "column jobs.id is not unique: expected a primary key or a unique index on it alone",
