@@ -103,6 +103,7 @@ def test_while_it_waits_for_one_it_holds_none_of_a_higher_id(db, make_job, stop,
     db.execute(
         "UPDATE executions SET created_at = created_at WHERE id = %s", (ids[0],)
     )  # now it is the last in the table
+    worker.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
     holder = connect(autocommit=False)
     holder.execute("SELECT FROM executions WHERE id = %s FOR UPDATE", (ids[0],))
 
