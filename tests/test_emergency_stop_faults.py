@@ -6,7 +6,7 @@ import time
 
 import psycopg
 import pytest
-from conftest import Client, in_thread, wait_until
+from conftest import Client, change_function, in_thread, wait_until
 from test_privileges import CALLS
 
 import beacon_stop
@@ -217,9 +217,15 @@ def test_a_constraint_that_fails_with_an_error_forbids_a_status_as_well(db, faul
         CREATE DOMAIN their_state AS text CHECK (VALUE <> 'failed');
         CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql
             AS 'BEGIN RETURN EXISTS (SELECT FROM no_such_table); END'""")
-    db.execute(f"ALTER TABLE jobs ADD CONSTRAINT z CHECK ({ERRORS[error]}), ADD CONSTRAINT a CHECK ({ERRORS[error]})")
+    check = f"CHECK ({ERRORS[error]})"
+    db.execute(f"""
+        ALTER TABLE jobs ADD CONSTRAINT z {check}, ADD CONSTRAINT a {check};
+        ALTER TABLE executions ADD CONSTRAINT m {check}""")
 
-    assert faults() == [f"constraint {name} on table jobs forbids the status failed" for name in ("a", "z")]
+    assert faults() == [
+        f"constraint {name} on table {table} forbids the status failed"
+        for name, table in (("a", "jobs"), ("m", "executions"), ("z", "jobs"))
+    ]
 
 
 def test_foreign_keys_that_lead_elsewhere_do_not_count(db, faults):
@@ -249,6 +255,14 @@ def test_a_read_only_database_is_named(service, faults):
     service.execute("SET default_transaction_read_only = on")
 
     assert faults() == ["this database is read-only: nothing can be stopped here"]
+
+
+def test_a_standby_is_named_as_one_and_not_as_read_only_besides(db, service, faults):
+    change_function(db, "emergency_stop_faults", "pg_is_in_recovery()", "true")  # as it is on one
+    service.execute("SET default_transaction_read_only = on")
+
+    told = [fault for fault in faults() if not fault.startswith("function emergency_stop_faults()")]  # it was changed
+    assert told == ["this server is a standby: nothing can be stopped here, only on the primary"]
 
 
 @pytest.fixture

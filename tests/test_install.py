@@ -309,7 +309,7 @@ def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db
     change_function(db, "lock_all_tables", "300 * random()", "3 * random()")
     user, installer = connect(autocommit=False), connect()
     user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
-    waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - interval '100 ms'"
+    waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - interval '60 ms'"
 
     with in_thread(installer.execute, LOCK_ALL):
         wait_until(lambda: db.execute(waits, (installer.info.backend_pid,)).fetchall())
