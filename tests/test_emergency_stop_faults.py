@@ -193,6 +193,12 @@ def test_indexes_that_only_batches_need_are_no_fault(db, faults):
     assert faults() == []
 
 
+def test_an_index_that_has_the_name_of_a_trigger_is_not_taken_for_it(db, faults):
+    db.execute("CREATE TABLE theirs (id int); CREATE INDEX guard_inserted_executions ON theirs (id)")
+
+    assert faults() == []
+
+
 def test_constraints_that_let_a_status_become_failed_are_none(db, faults):
     not_enforced = "CHECK (status <> 'failed') NOT ENFORCED" if db.info.server_version >= 180000 else "CHECK (true)"
     db.execute(f"""
