@@ -54,7 +54,7 @@ from io import BytesIO, StringIO
 from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import Full, Queue, SimpleQueue
+from queue import SimpleQueue
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -247,16 +247,28 @@ def unavailable(error: str, **details: Any) -> HTTPError:
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
+class LogQueue(SimpleQueue[Any]):
+    """The lines that wait to be written, counted. A Queue, which counts by itself, takes more time than the line."""
+
+    added = written = 0  # by those who log, one at a time; by the LogWriter
+
+    def task_done(self) -> None:
+        """The QueueListener has written a line."""
+        self.written += 1
+
+
 class LogHandler(QueueHandler):
     """Leaves each line to a thread of this process and waits for nobody: what finds the queue full is only counted."""
 
+    queue: LogQueue
+
     def __init__(self) -> None:
-        super().__init__(Queue(LOG_LINES))
+        super().__init__(LogQueue())
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        self.queue: Queue[Any] = Queue(LOG_LINES)
+        self.queue = LogQueue()
         self.dropped, self.is_started = 0, False
         self.said: dict[str, float] = {}  # what libraries have logged, and when
 
@@ -283,23 +295,24 @@ class LogHandler(QueueHandler):
         if not self.is_started:  # not with the import, and anew after a fork
             self.is_started = True
             LogWriter(self.queue).start()
-        try:
-            self.queue.put_nowait(line)
-            self.dropped = 0
-        except Full:
+        if self.queue.added - self.queue.written >= LOG_LINES:
             self.dropped += 1
+        else:
+            self.queue.added += 1
+            self.queue.put(line)
+            self.dropped = 0
 
     def flush(self) -> None:
         """Wait until all is written, at most for a second; `logging` calls this at the end of the process."""
         deadline = time.monotonic() + 1
-        while self.queue.unfinished_tasks and time.monotonic() < deadline:
+        while self.queue.written < self.queue.added and time.monotonic() < deadline:
             time.sleep(0.002)
 
 
 class LogWriter(QueueListener):
     """Writes the lines to stderr. No Handler: the end of the process would wait for its lock."""
 
-    queue: Queue[Any]
+    queue: LogQueue
 
     def dequeue(self, block: bool) -> Any:
         """The next line. Lines gather for a moment, because to wake this thread for each costs as much as a call."""

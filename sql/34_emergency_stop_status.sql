@@ -30,6 +30,8 @@ SET search_path FROM CURRENT
 SET timezone FROM CURRENT
 SET row_security = off
 SET lock_timeout = '1s'
+SET enable_seqscan = off
+SET enable_bitmapscan = off
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
@@ -43,7 +45,7 @@ DECLARE
     v_previous     executions.completed_at%TYPE;
     v_stopped_at   executions.completed_at%TYPE;
 BEGIN
-    v_counts := COALESCE(unfinished_executions(v_key), '{}');
+    v_counts := unfinished_executions(v_key);
     SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
     IF NOT FOUND THEN
         RETURN json_build_object('error', 'job not found', 'job_id', emergency_stop_status.id);
@@ -65,7 +67,7 @@ BEGIN
         v_stopped_at := v_stop.stopped_at;
         v_previous := v_stop.previous;
         -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
-        -- looked at. Written so that only the index on (job_id, id) gives the order. A trigger of the application's may
+        -- looked at. Written so that only the index on (job_id, id) gives the order, and set so that it is used. A trigger of the application's may
         -- have set completed_at to the start of the stop's transaction: what came after the stop before counts.
         WITH failed AS MATERIALIZED (
             SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed

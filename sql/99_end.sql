@@ -26,13 +26,13 @@ BEGIN
         WHERE has_schema_privilege('public', current_schema(), 'CREATE')
         UNION
         SELECT format('warning: executions have the status %L, which is none of the six that a stop knows: '
-                      'it leaves them alone', e.status)
+                      'it leaves them alone', e.status COLLATE "C")
         FROM executions e
         WHERE e.status NOT IN ('completed', 'failed', 'cancelled')
           AND e.status NOT IN ('pending', 'running', 'processing')
         UNION
         SELECT format('warning: jobs have the status %L, which is none of the six that are known: '
-                      'the batches leave them alone', j.status)
+                      'the batches leave them alone', j.status COLLATE "C")
         FROM (SELECT o.status FROM jobs o LIMIT 100000) AS j
         WHERE j.status NOT IN ('created', 'pending', 'processing', 'completed', 'failed', 'cancelled')
         ORDER BY 1

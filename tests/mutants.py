@@ -40,7 +40,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psycopg
-from conftest import new_folder
+from conftest import SERVER_SETTINGS, new_folder
 
 import beacon_stop
 
@@ -68,9 +68,11 @@ TESTS = {
     "32_emergency_stop_jobs": "emergency_stop_jobs http hostile",
     "36_release_job": "release_job emergency_stop_status repair_stuck_jobs timeout_stuck_jobs",
     "38_emergency_stop_faults": "emergency_stop_faults install tables",
+    "40_get_job": "get_job tables",
+    "50_list_executions": "list_executions tables",
     "60_timeout_stuck_jobs": "timeout_stuck_jobs application_triggers release_job hostile",
     "70_repair_stuck_jobs": "repair_stuck_jobs application_triggers release_job hostile",
-    "98_manifest": "install emergency_stop_faults",
+    "98_manifest": "install tables emergency_stop_faults",
     "99_end": "install tables emergency_stop_faults",
 }  # fmt: skip
 
@@ -349,11 +351,11 @@ class Worker:
         self.url = ""
 
     def start_server(self) -> None:
-        folder = self.server.enter_context(new_folder())
-        self.url = self.server.enter_context(beacon_stop.embedded_postgres(Path(folder)))
-        with psycopg.connect(self.url, autocommit=True) as db:
-            db.execute("ALTER SYSTEM SET fsync = off")
-            db.execute("SELECT pg_reload_conf()")
+        folder = Path(self.server.enter_context(new_folder()))
+        with beacon_stop.embedded_postgres(folder) as url, psycopg.connect(url, autocommit=True) as db:
+            for name, value in SERVER_SETTINGS.items():
+                db.execute(f"ALTER SYSTEM SET {name} = {value}")
+        self.url = self.server.enter_context(beacon_stop.embedded_postgres(folder))  # some need a start
 
     def fate(self, mutant: Mutant) -> str:
         """Try a mutant: "survived", or what has killed it."""

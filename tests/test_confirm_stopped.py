@@ -53,6 +53,7 @@ def test_each_that_a_stop_failed_is_confirmed_once(db, make_job, stop, worker):
 def test_what_no_stop_failed_stays_as_it_is(db, make_job, worker):
     job_id = make_job(running=2, completed=2, failed=2)
     db.execute("""UPDATE executions SET output = '{"so far": 1}'""")
+    db.execute("""UPDATE executions SET output = '{"emergency_stop": true}' WHERE status = 'completed'""")
     before = db.execute("SELECT * FROM executions ORDER BY id").fetchall()
 
     assert confirm(worker, *ids_of(db, job_id), 1_000_000) == 0
@@ -93,6 +94,24 @@ def test_two_workers_that_confirm_the_same_in_opposite_orders_count_each_once(db
         wait_until(lambda: is_waiting(db, second))
         first.commit()
     assert waiting.result == 1
+
+
+def test_while_it_waits_for_one_it_holds_none_of_a_higher_id(db, make_job, stop, connect, worker):
+    job_id = make_job(running=3)
+    ids = ids_of(db, job_id)
+    stop(job_id)
+    db.execute(
+        "UPDATE executions SET created_at = created_at WHERE id = %s", (ids[0],)
+    )  # now it is the last in the table
+    worker.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM executions WHERE id = %s FOR UPDATE", (ids[0],))
+
+    with in_thread(lambda: confirm(worker, *ids)) as waiting:
+        wait_until(lambda: is_waiting(db, worker))
+        db.execute("SELECT FROM executions WHERE id = ANY (%s) FOR UPDATE NOWAIT", (ids[1:],))
+        holder.rollback()
+    assert waiting.result == 3
 
 
 def test_the_wait_for_one_that_is_held_is_bounded_by_the_worker_s_lock_timeout(db, make_job, stop, connect, worker):

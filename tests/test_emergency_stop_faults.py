@@ -6,7 +6,8 @@ import time
 
 import psycopg
 import pytest
-from conftest import Client, in_thread, wait_until
+from conftest import Client, change_function, in_thread, wait_until
+from test_privileges import CALLS
 
 import beacon_stop
 
@@ -115,6 +116,23 @@ FAULTY = {
         "index executions_job_id_id_idx is missing",
         "ALTER INDEX another RENAME TO executions_job_id_id_idx",
     ),
+    "an index of the records that is gone": (
+        "ALTER INDEX emergency_stops_job_id_id_idx RENAME TO another",
+        "index emergency_stops_job_id_id_idx is missing",
+        "ALTER INDEX another RENAME TO emergency_stops_job_id_id_idx",
+    ),
+    "an index of the name in another order": (
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another;"
+        "CREATE INDEX executions_job_id_id_idx ON executions (job_id, id DESC)",
+        "index executions_job_id_id_idx is not valid",
+        "DROP INDEX executions_job_id_id_idx; ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
+    "an index of the name on another table": (
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another; CREATE TABLE theirs (job_id text, id bigint);"
+        "CREATE INDEX executions_job_id_id_idx ON theirs (job_id, id)",
+        "index executions_job_id_id_idx is not valid",
+        "DROP TABLE theirs; ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
     "no foreign key": (
         "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
         "warning: no foreign key leads from executions.job_id to jobs,"
@@ -125,6 +143,11 @@ FAULTY = {
         "ALTER FUNCTION installed_functions() RENAME TO another",
         "the installation is not complete: the list of the functions that were installed is missing",
         "ALTER FUNCTION another() RENAME TO installed_functions",
+    ),
+    "a helper of that list that is gone": (
+        "ALTER FUNCTION function_checksums(oid[]) RENAME TO another",
+        "the installation is not complete: the list of the functions that were installed is missing",
+        "ALTER FUNCTION another(oid[]) RENAME TO function_checksums",
     ),
 }
 
@@ -147,13 +170,79 @@ def test_a_function_that_was_replaced_is_named(db, faults):
     assert faults() == ["function commit_durably() is not the one that was installed: it was changed since"]
 
 
-def test_constraints_that_let_a_status_become_failed_are_none(db, faults):
-    db.execute("""
-        ALTER TABLE executions ADD CHECK (status IN ('pending', 'running', 'failed')), ADD CHECK (length(status) < 20),
-            ADD CHECK (status = 'pending' OR created_at IS NOT NULL), ADD CHECK (created_at > '2000-01-01');
-        ALTER TABLE jobs ADD CHECK (NULLIF(status, 'failed') <> 'odd')""")
+def test_each_function_that_the_service_calls_is_missed_where_it_may_not_call_it(db, faults):
+    db.execute("REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA public FROM beacon_service")
+    db.execute("GRANT EXECUTE ON FUNCTION emergency_stop_faults() TO beacon_service")
+
+    asked_for = sorted(CALLS.keys() - {"emergency_stop_faults", "emergency_stop_blockers"})  # by the others
+    assert [fault.split("(")[0] for fault in faults()] == [
+        f"role beacon_service may not execute function {name}" for name in asked_for
+    ]
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops", "batch_changes"])
+def test_each_table_that_is_gone_is_named(db, faults, table):
+    db.execute(f"ALTER TABLE {table} RENAME TO another")
+
+    assert f"table {table} is missing" in faults()
+
+
+def test_indexes_that_only_batches_need_are_no_fault(db, faults):
+    db.execute("DROP INDEX jobs_updated_at_ongoing_idx, jobs_updated_at_failed_idx, batch_changes_job_id_idx")
 
     assert faults() == []
+
+
+def test_an_index_that_has_the_name_of_a_trigger_is_not_taken_for_it(db, faults):
+    db.execute("CREATE TABLE theirs (id int); CREATE INDEX guard_inserted_executions ON theirs (id)")
+
+    assert faults() == []
+
+
+def test_constraints_that_let_a_status_become_failed_are_none(db, faults):
+    not_enforced = "CHECK (status <> 'failed') NOT ENFORCED" if db.info.server_version >= 180000 else "CHECK (true)"
+    db.execute(f"""
+        ALTER TABLE executions ADD CHECK (status IN ('pending', 'running', 'failed')), ADD CHECK (length(status) < 20),
+            ADD CHECK (status = 'pending' OR created_at IS NOT NULL), ADD CHECK (created_at > '2000-01-01');
+        ALTER TABLE jobs ADD CHECK (NULLIF(status, 'failed') <> 'odd'), ADD {not_enforced};
+        CREATE TABLE theirs (status text CHECK (status <> 'failed'))""")
+
+    assert faults() == []
+
+
+ERRORS = {
+    "data_exception": "1 / (length(status) - length('failed')) > 0",
+    "integrity_constraint_violation": "status::their_state IS NOT NULL",
+    "syntax_error_or_access_rule_violation": "is_known(status)",
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_constraint_that_fails_with_an_error_forbids_a_status_as_well(db, faults, error):
+    db.execute("""
+        CREATE DOMAIN their_state AS text CHECK (VALUE <> 'failed');
+        CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE plpgsql
+            AS 'BEGIN RETURN EXISTS (SELECT FROM no_such_table); END'""")
+    check = f"CHECK ({ERRORS[error]})"
+    db.execute(f"""
+        ALTER TABLE jobs ADD CONSTRAINT z {check}, ADD CONSTRAINT a {check};
+        ALTER TABLE executions ADD CONSTRAINT m {check}""")
+
+    assert faults() == [
+        f"constraint {name} on table {table} forbids the status failed"
+        for name, table in (("a", "jobs"), ("m", "executions"), ("z", "jobs"))
+    ]
+
+
+def test_foreign_keys_that_lead_elsewhere_do_not_count(db, faults):
+    """From another table, from another column, to another table."""
+    db.execute("""
+        CREATE TABLE theirs (
+            id text PRIMARY KEY, c2 int, c3 int, c4 int, c5 int, c6 int, c7 int, job_id text REFERENCES jobs);
+        ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey, ADD other text REFERENCES jobs,
+            ADD FOREIGN KEY (job_id) REFERENCES theirs""")
+
+    assert [fault[:27] for fault in faults()] == ["warning: no foreign key lea"]
 
 
 def test_a_role_that_calls_for_another_is_asked_for_as_that_one(db, service, faults):
@@ -172,6 +261,14 @@ def test_a_read_only_database_is_named(service, faults):
     service.execute("SET default_transaction_read_only = on")
 
     assert faults() == ["this database is read-only: nothing can be stopped here"]
+
+
+def test_a_standby_is_named_as_one_and_not_as_read_only_besides(db, service, faults):
+    change_function(db, "emergency_stop_faults", "pg_is_in_recovery()", "true")  # as it is on one
+    service.execute("SET default_transaction_read_only = on")
+
+    told = [fault for fault in faults() if not fault.startswith("function emergency_stop_faults()")]  # it was changed
+    assert told == ["this server is a standby: nothing can be stopped here, only on the primary"]
 
 
 @pytest.fixture
@@ -207,6 +304,9 @@ def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_
         "warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do"
     )
 
+    db.execute("ALTER FUNCTION emergency_stop_job RENAME TO another")
+    assert faults() == ["function emergency_stop_job(text,text,boolean,jsonb) is missing", ends, sees]
+    db.execute("ALTER FUNCTION another RENAME TO emergency_stop_job")
     db.execute(ends.split(": ")[-1])
     db.execute(sees.split(": ")[-1])
     assert faults() == []
@@ -237,15 +337,31 @@ def test_what_a_superuser_installs_over_it_again_is_still_known(db, owner_url, f
     db.execute("ALTER FUNCTION another RENAME TO emergency_stop_job")
 
 
-def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner):
-    db.execute("REVOKE UPDATE ON executions FROM beacon_weak_owner")
+@pytest.mark.parametrize(
+    ("right", "told"),
+    [
+        ("SELECT ON jobs", "read table jobs"),
+        ("UPDATE ON jobs", "update table jobs"),
+        ("SELECT ON executions", "read table executions"),
+        ("UPDATE ON executions", "update table executions"),
+        ("SELECT ON emergency_stops", "read table emergency_stops"),
+        ("INSERT ON emergency_stops", "add rows to table emergency_stops"),
+    ],
+)
+def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner, right, told):
+    before = faults()
+    db.execute(f"REVOKE {right} FROM beacon_weak_owner")
 
-    assert "role beacon_weak_owner, which owns the functions, may not update table executions" in faults()
+    assert [fault for fault in faults() if fault not in before] == [
+        f"role beacon_weak_owner, which owns the functions, may not {told}"
+    ]
 
 
 @pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops"])
 def test_row_level_security_that_hides_rows_from_the_owner_is_named(db, faults, weak_owner, table):
     sentence = f"row-level security on table {table} hides rows from role beacon_weak_owner, which owns the functions"
+    db.execute("CREATE TABLE theirs (id int); ALTER TABLE theirs ENABLE ROW LEVEL SECURITY")
+    assert sentence not in faults()
     db.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     assert sentence in faults()
 
@@ -253,14 +369,20 @@ def test_row_level_security_that_hides_rows_from_the_owner_is_named(db, faults, 
     assert sentence not in faults()
     db.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
     assert sentence in faults()
-    db.execute("ALTER ROLE beacon_weak_owner BYPASSRLS")
-    assert sentence not in faults()
-    db.execute("ALTER ROLE beacon_weak_owner NOBYPASSRLS")
+    for right in ("BYPASSRLS", "SUPERUSER"):
+        db.execute(f"ALTER ROLE beacon_weak_owner {right}")
+        assert sentence not in faults()
+        db.execute(f"ALTER ROLE beacon_weak_owner NO{right}")
 
 
 def test_a_state_of_executions_that_no_stop_knows_is_a_warning(db, make_job, faults):
-    make_job(running=5, queued=5, completed=5)
-    db.execute("ANALYZE executions")
+    make_job(pending=5, running=5, processing=5, completed=5, failed=5, cancelled=5, queued=5)
+    make_job(status="archived"), make_job(status="archived")
+    db.execute("ALTER TABLE executions ADD worker text DEFAULT 'w'")
+    db.execute(
+        "CREATE SCHEMA theirs; CREATE TABLE theirs.executions AS SELECT 'odd' AS status FROM generate_series(1, 5)"
+    )
+    db.execute("ANALYZE jobs, executions, theirs.executions")
 
     assert faults() == [
         "warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"

@@ -112,16 +112,17 @@ def test_stopped_is_what_has_ended_by_a_stop_and_was_not_released(db, service, m
         make_job(running=1),
         make_job(running=1),
     )
-    marked_only, failed_and_stopped = (
-        make_job(status="failed", metadata={"emergency_stop": True}),
-        make_job(status="failed"),
+    failed_and_stopped = make_job(status="failed")
+    marked_only, marked_but_going_on = (
+        [make_job(status=status, metadata={"emergency_stop": True}) for status in statuses]
+        for statuses in (("completed", "failed", "cancelled"), ("created", "pending", "processing", "archived"))
     )
     for job_id in (stopped, released, failed_and_stopped):
         stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'cancelled')", (released,))
 
-    assert [status_of(job_id)["stopped"] for job_id in (stopped, marked_only, failed_and_stopped)] == [True, True, True]
-    assert [status_of(job_id)["stopped"] for job_id in (going_on, failed, released)] == [False, False, False]
+    assert {status_of(job_id)["stopped"] for job_id in (stopped, *marked_only, failed_and_stopped)} == {True}
+    assert {status_of(job_id)["stopped"] for job_id in (going_on, *marked_but_going_on, failed, released)} == {False}
 
 
 def test_three_who_hold_the_job_are_named_while_no_stop_waits(make_job, connect, status_of):
@@ -224,11 +225,36 @@ def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(
     assert status_of(job_id)["confirmation"] == {"in_hand": 0, "confirmed": 0, "outstanding": []}
 
 
+def test_nor_by_one_of_another_job_that_was_stopped_later(db, make_worked_job, stop, status_of):
+    (before, _), (job_id, begun), (after, _) = (make_worked_job(2) for _ in range(3))
+    for id in (job_id, before, after):
+        stop(id)
+
+    db.execute("DELETE FROM executions WHERE id = %s", (begun[0],))
+    confirmation = status_of(job_id)["confirmation"]
+    assert (confirmation["in_hand"], [execution["id"] for execution in confirmation["outstanding"]]) == (1, begun[1:])
+
+
+@pytest.mark.parametrize(("status", "output"), [("failed", "{}"), ("completed", '{"emergency_stop": true}')])
+def test_what_ends_after_the_stop_by_itself_is_not_in_hand(db, make_worked_job, stop, status_of, status, output):
+    job_id, begun = make_worked_job(2)
+    stop(job_id)
+    db.execute(
+        "INSERT INTO executions (job_id, status, output, started_at, completed_at)"
+        " VALUES (%s, %s, %s, now(), clock_timestamp() + interval '1 second')",
+        (job_id, status, output),
+    )
+
+    assert [execution["id"] for execution in status_of(job_id)["confirmation"]["outstanding"]] == begun
+
+
 def test_a_stop_that_stopped_no_execution_has_nothing_outstanding(make_job, stop, status_of):
     job_id = make_job()
     stop(job_id)
 
-    assert status_of(job_id)["confirmation"] == {"in_hand": 0, "confirmed": 0, "outstanding": []}
+    answer = status_of(job_id)
+    assert answer["confirmation"] == {"in_hand": 0, "confirmed": 0, "outstanding": []}
+    assert answer["active"] == NONE_ACTIVE
 
 
 def test_columns_without_fractions_of_seconds_hide_no_execution(db, service, make_worked_job, stop, status_of):
@@ -275,3 +301,24 @@ def test_who_locks_a_whole_table_is_named(make_app, connect, make_job, table):
     assert (answer.status, answer.json["error"], answer.json["job_id"]) == (503, "job is locked", job_id)
     assert [each["pid"] for each in answer.json["blocked_by"]] == [session.info.backend_pid]
     assert "table" in answer.json["hint"]
+
+
+def test_of_a_job_with_a_long_history_few_executions_are_read(db, connect, make_worked_job, stop):
+    """Neither its earlier ones nor the later ones of another job, with statistics of the time of a runaway."""
+    (job_id, _), (runaway, _) = make_worked_job(3), make_worked_job(0)
+    add = (
+        "INSERT INTO executions (id, job_id, status, output, started_at, completed_at) SELECT n, %s, 'failed',"
+        """ '{"emergency_stop": true}', now() - interval '1 h', now() - interval '1 h'"""
+        " FROM generate_series(%s::bigint, %s) n"
+    )
+    db.execute("SET session_replication_role = replica")
+    db.execute(add, (job_id, -2_000, 0))
+    db.execute(add, (runaway, 1_000, 10_000))
+    db.execute("RESET session_replication_role")
+    stop(job_id)
+    db.execute("VACUUM ANALYZE executions")
+    session = connect(autocommit=False)
+    read = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+
+    assert session.execute(STATUS, (job_id,)).fetchone()[0]["confirmation"]["in_hand"] == 3
+    assert session.execute(read).fetchone() == (0, 3)

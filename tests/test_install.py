@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import ROOT, in_thread, url_of, wait_until
+from conftest import ROOT, change_function, in_thread, is_waiting, url_of, wait_until
 
 import beacon_stop
 
@@ -143,6 +143,30 @@ def test_several_installers_at_once(bare, bare_url, tool):
     assert bare.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").fetchone() == (0,)
 
 
+def test_a_migration_may_install_twice_in_one_transaction(bare):
+    with bare.transaction():
+        for file in beacon_stop.sql_files() * 2:
+            bare.execute(file.read_bytes())
+
+    assert [fault for (fault,) in bare.execute("SELECT emergency_stop_faults()") if "warning" not in fault] == []
+
+
+def test_functions_that_others_make_meanwhile_are_not_taken_for_its_own(bare, bare_url):
+    """Not even such as are like its own, but in another schema."""
+    with psycopg.connect(bare_url) as installer:
+        for file in beacon_stop.sql_files():
+            if file.name == "98_manifest.sql":
+                bare.execute("""
+                    CREATE SCHEMA other;
+                    CREATE FUNCTION other.theirs() RETURNS int LANGUAGE sql SET search_path = public, pg_temp RETURN 1;
+                    CREATE FUNCTION public.theirs() RETURNS int LANGUAGE sql RETURN 1""")
+            installer.execute(file.read_bytes())
+
+    installed = bare.execute("SELECT name FROM jsonb_object_keys(installed_functions()) AS k (name)").fetchall()
+    assert len(installed) > 20
+    assert [name for (name,) in installed if "theirs" in name] == []
+
+
 def test_installing_again_locks_no_table(db, connect, owner_url, make_job):
     """Version 1.0 did not either; the columns that were added since must not change that."""
     first, second = make_job(running=1), make_job(running=1)
@@ -252,6 +276,71 @@ def test_tables_that_are_never_free_are_named_with_who_uses_them(bare, bare_url)
     assert everything(bare) == before
 
 
+LOCK_ALL = "SELECT lock_all_tables()"
+
+
+def test_all_tables_are_locked_together(db):
+    with db.transaction():
+        db.execute(LOCK_ALL)
+        locked = db.execute("""
+            SELECT l.relation::regclass::text FROM pg_locks l
+            WHERE l.pid = pg_backend_pid() AND l.mode = 'AccessExclusiveLock' AND l.locktype = 'relation' ORDER BY 1""")
+        assert [name for (name,) in locked] == ["batch_changes", "emergency_stops", "executions", "jobs"]
+
+
+def test_where_no_timeout_is_set_the_wait_for_the_tables_ends_and_names_who_uses_them_and_nobody_else(db, connect):
+    change_function(db, "lock_all_tables", "'1min'", "'50ms'")
+    user, bystander, waiting = (connect(autocommit=False, application_name=name) for name in ("user", "by", "waits"))
+    bystander.execute("CREATE TABLE theirs ()")
+    user.execute("LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
+    waiter = "LOCK TABLE jobs IN SHARE MODE"
+
+    with in_thread(waiting.execute, waiter):
+        wait_until(lambda: is_waiting(db, waiting))
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="nothing was changed") as refused, db.transaction():
+            db.execute(LOCK_ALL)
+        user.rollback()
+    assert refused.value.diag.message_detail == f"They are used by pid {user.info.backend_pid} ({user.info.user}, user)"
+
+
+@pytest.mark.parametrize("table", ["executions", "jobs"])
+def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db, connect, table):
+    change_function(db, "lock_all_tables", "v_first_wait   int := 100", "v_first_wait   int := 20")
+    change_function(db, "lock_all_tables", "300 * random()", "3 * random()")
+    user, installer = connect(autocommit=False), connect()
+    user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
+    waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - interval '60 ms'"
+
+    with in_thread(installer.execute, LOCK_ALL):
+        wait_until(lambda: db.execute(waits, (installer.info.backend_pid,)).fetchall())
+        user.rollback()
+
+
+def test_a_deadlock_with_a_worker_is_given_up_and_tried_again(db, connect, make_job):
+    make_job(running=1)
+    change_function(db, "lock_all_tables", "300 * random() ^ 4", "5000")
+    worker, installer = connect(autocommit=False), connect()
+    worker.execute("SET deadlock_timeout = '15s'; UPDATE jobs SET updated_at = now()")
+    installer.execute("SET deadlock_timeout = '150ms'")
+
+    with in_thread(installer.execute, LOCK_ALL):
+        wait_until(lambda: is_waiting(db, installer))
+        worker.execute("UPDATE executions SET output = NULL")
+        worker.commit()
+
+
+def test_a_prepared_transaction_that_uses_the_tables_has_no_process_to_be_named(db, connect):
+    change_function(db, "lock_all_tables", "'1min'", "'50ms'")
+    user = connect(autocommit=False)
+    user.execute("LOCK TABLE jobs IN ROW EXCLUSIVE MODE; PREPARE TRANSACTION 'uses jobs'")
+
+    try:
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="nothing was changed"):
+            db.execute(LOCK_ALL)
+    finally:
+        db.execute("ROLLBACK PREPARED 'uses jobs'")
+
+
 def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
     bare.execute(VERSION_1)
     stops = bare.execute(
@@ -282,6 +371,7 @@ def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
     bare.execute(VERSION_1)
     names = ["emergency_stop_blockers", "emergency_stop_job", "emergency_stop_jobs", "get_job", "list_executions"]
     bare.execute(f"GRANT EXECUTE ON FUNCTION {', '.join(names)} TO beacon_service")
+    bare.execute("GRANT EXECUTE ON FUNCTION emergency_stop_job TO PUBLIC")
 
     install(bare_url)
     may = bare.execute("""
@@ -289,6 +379,36 @@ def test_an_upgrade_keeps_the_rights_of_the_service(bare, bare_url, installed):
         WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')
         ORDER BY 1""")
     assert [name for (name,) in may] == names
+    public = "SELECT has_function_privilege('public', 'emergency_stop_job'::regproc, 'EXECUTE')"
+    assert bare.execute(public).fetchone() == (False,)
+
+
+def test_what_has_such_names_elsewhere_is_not_taken_away(bare, bare_url):
+    bare.execute("""
+        CREATE SCHEMA theirs;
+        CREATE FUNCTION theirs.confirm_stopped(text) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE FUNCTION theirs.emergency_stop_blockers(text) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE TABLE orders (id int);
+        CREATE INDEX executions_job_id_active_idx ON orders (id)""")
+    names = "SELECT array_agg(indexname ORDER BY 1) FROM pg_indexes WHERE tablename = 'orders'"
+
+    install(bare_url)
+    assert bare.execute("SELECT theirs.confirm_stopped('') + theirs.emergency_stop_blockers('')").fetchone() == (2,)
+    assert bare.execute(names).fetchone() == (["executions_job_id_active_idx"],)
+
+
+def test_rights_on_other_functions_of_such_names_give_no_rights(bare, bare_url, installed):
+    bare.execute("""
+        CREATE SCHEMA theirs;
+        CREATE FUNCTION get_job(int) RETURNS int LANGUAGE sql RETURN 1;
+        CREATE FUNCTION theirs.list_executions() RETURNS int LANGUAGE sql SET search_path = public, pg_temp RETURN 1;
+        GRANT EXECUTE ON FUNCTION get_job(int), theirs.list_executions() TO beacon_service""")
+
+    install(bare_url)
+    may = bare.execute("""
+        SELECT p.oid::regprocedure::text FROM pg_proc p
+        WHERE p.pronamespace = 'public'::regnamespace AND has_function_privilege('beacon_service', p.oid, 'EXECUTE')""")
+    assert may.fetchall() == [("get_job(integer)",)]
 
 
 def test_what_is_switched_off_is_switched_on(db, owner_url):
@@ -322,18 +442,26 @@ def test_an_index_that_is_of_no_use_is_made_again(db, owner_url):
 
 def test_tables_further_on_in_the_search_path_are_warned_of(bare, bare_url):
     """Version 1.0 made new, empty tables beside them without a word: the brake then worked on those."""
-    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE SCHEMA brake")
+    bare.execute(
+        "CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, status text)"
+    )
+    bare.execute("CREATE SCHEMA brake")
 
     said, warned = install(bare_url, PGOPTIONS="-c search_path=brake,public")
     assert said[0].startswith("Beacon Stop goes into schema brake of database ")
     assert "table jobs: made" in said
-    assert warned == ["a new table jobs is made in schema brake, although schema public has one already"]
+    assert warned == [
+        f"a new table {table} is made in schema brake, although schema public has one already"
+        for table in ("executions", "jobs")
+    ]
     assert install(bare_url, PGOPTIONS="-c search_path=brake,public")[1] == []
 
 
 def test_states_that_it_does_not_know_are_warned_of(db, owner_url, make_job):
     """Version 1.0 said nothing of them, and left such executions running without a word."""
     make_job(status="archived", running=1, queued=2, RUNNING=1, completed=1)
+    for status in ("created", "pending", "processing", "completed", "failed", "cancelled"):
+        make_job(status=status, pending=1, running=1, processing=1, completed=1, failed=1, cancelled=1)
 
     assert sorted(install(owner_url)[1]) == [
         "executions have the status 'RUNNING', which is none of the six that a stop knows: it leaves them alone",
@@ -412,6 +540,77 @@ def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
         beacon_stop.init_db(bare_url)
     assert refused.value.diag.message_primary == f"constraint states on table {table} forbids the status failed"
     assert everything(bare) == before
+
+
+def test_of_all_faults_the_first_in_their_order_is_the_error_and_the_detail_has_all(bare, bare_url):
+    checks = ", ".join(f"CONSTRAINT {name} CHECK (status <> 'failed')" for name in ("b", "d", "a", "c"))
+    bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text, {checks})")
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
+        beacon_stop.init_db(bare_url)
+    faults = [f"constraint {name} on table jobs forbids the status failed" for name in "abcd"]
+    assert refused.value.diag.message_primary == faults[0]
+    assert refused.value.diag.message_detail == "\n".join(faults)
+
+
+@contextmanager
+def noticing(db: psycopg.Connection) -> Iterator[list[tuple[str, str]]]:
+    """What the server says in the block, with its severity."""
+    said: list[tuple[str, str]] = []
+
+    def notice(diagnostic: psycopg.errors.Diagnostic) -> None:
+        said.append((diagnostic.severity_nonlocalized, diagnostic.message_primary))
+
+    db.add_notice_handler(notice)
+    yield said
+    db.remove_notice_handler(notice)
+
+
+END = (ROOT / "sql" / "99_end.sql").read_bytes()
+
+
+def test_each_column_without_a_time_zone_is_spoken_of_and_no_other(db):
+    db.execute("ALTER TABLE jobs ADD due timestamp; CREATE TABLE theirs (created_at timestamp)")
+    db.execute("DROP INDEX jobs_updated_at_ongoing_idx")  # which is for one type
+    with noticing(db) as said:
+        db.execute(END)
+    assert said == []
+
+    for column in ("jobs created_at", "jobs updated_at", "executions started_at", "executions completed_at"):
+        change = "ALTER TABLE {} ALTER {} TYPE {{}}".format(*column.split())
+        db.execute(change.format("timestamp"))
+        with noticing(db) as said:
+            db.execute(END)
+        assert [message.split(" are ")[0] for _, message in said] == ["columns without a time zone"], column
+        db.execute(change.format("timestamptz"))
+
+
+def test_at_its_end_the_installation_reads_no_execution_that_has_ended(db, make_job):
+    make_job(completed=100)
+
+    with db.transaction():
+        db.execute(END)
+        read = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+        assert db.execute(read).fetchone() == (0, 0)
+        assert db.execute("SHOW enable_seqscan").fetchone() == ("on",)
+    assert db.execute("SHOW enable_seqscan").fetchone() == ("on",)
+
+
+def test_the_settings_of_a_session_that_installs_are_afterwards_what_they_were(bare):
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TEMPORARY TABLE jobs (id int)")
+    bare.execute("DO 'BEGIN END'; SET plpgsql.extra_errors = 'all'; SET plpgsql.extra_warnings = 'all'")
+    bare.execute("SET enable_seqscan = off; SET lock_timeout = '7s'; SET search_path = public")
+    settings = "SELECT name, setting FROM pg_settings ORDER BY name"
+    before = bare.execute(settings).fetchall()
+
+    with noticing(bare) as said, bare.transaction():
+        bare.execute("SET LOCAL lock_timeout = '8s'")
+        for file in beacon_stop.sql_files():
+            bare.execute(file.read_bytes())
+        assert bare.execute("SHOW lock_timeout").fetchone() == ("8s",)
+    assert [message for severity, message in said if severity == "WARNING"] == []
+    assert bare.execute(settings).fetchall() == before
+    assert bare.execute("SELECT COALESCE(current_setting('beacon_stop.rights', true), '')").fetchone() == ("",)
 
 
 def test_a_schema_open_to_everyone_is_warned_of(bare, bare_url):

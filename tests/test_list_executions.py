@@ -17,6 +17,7 @@ def ids(service):
 def test_all_of_a_job_in_id_order(db, service, make_job, ids):
     make_job(running=3)
     job_id = make_job(running=2, completed=2)
+    make_job(running=3)
     db.execute("UPDATE executions SET started_at = '2025-01-01 00:00:00+00', output = '{\"x\": 1}' WHERE id = 4")
 
     assert ids(job_id) == [4, 5, 6, 7]
@@ -36,12 +37,14 @@ def test_selected_by_status_and_id_and_number(make_job, ids):
     assert ids(job_id, status="no such") == ids("nix") == []
 
 
-def test_a_page_ends_with_the_row_that_reaches_its_bytes(db, make_job, ids):
+def test_a_page_ends_with_the_row_that_reaches_its_bytes(db, service, make_job, ids):
     job_id = make_job(running=5)
-    db.execute("UPDATE executions SET output = jsonb_build_object('x', repeat('y', 1000))")
+    db.execute("UPDATE executions SET output = jsonb_build_object('x', repeat('\u00e9', 1000))")
+    first = "SELECT octet_length(execution::text) FROM list_executions(%s, max_rows => 1)"
+    (size,) = service.execute(first, (job_id,)).fetchone()
 
-    assert ids(job_id, max_bytes=1) == [1]
-    assert ids(job_id, max_bytes=2_000) == [1, 2]
+    assert ids(job_id, max_bytes=1) == ids(job_id, max_bytes=size) == [1]
+    assert ids(job_id, max_bytes=size + 1) == ids(job_id, max_bytes=2 * size - 1) == [1, 2]
     assert ids(job_id, max_bytes=1_000_000) == [1, 2, 3, 4, 5]
 
 

@@ -110,6 +110,34 @@ def test_what_others_call_and_what_guards_runs_with_its_owners_rights_and_nothin
     assert {f.name for f in functions if f.is_definer} == expected
 
 
+def test_rows_that_are_hidden_from_the_owner_are_an_error_not_unknown(db, connect, make_job):
+    """Version 1.0 said that there is no such job, and that it had stopped none of its executions."""
+    make_job("a", running=1)
+    hide_rows(db)
+    holder = connect(autocommit=False)
+    holder.execute("UPDATE jobs SET updated_at = now()")  # so that there are rows to be looked at for who holds them
+
+    for call in [*CALLS.values(), "SELECT confirm_stopped('{1}')"]:
+        if "faults" not in call:  # which reads no row
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+                db.execute(call)
+
+
+def hide_rows(db: psycopg.Connection) -> None:
+    """Make an ordinary role the owner of all, from whom the tables hide every row."""
+    db.execute("DROP ROLE IF EXISTS beacon_owner")
+    db.execute("CREATE ROLE beacon_owner")
+    db.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_owner")
+    for kind, query in {
+        "TABLE": "SELECT quote_ident(tablename) FROM pg_tables WHERE schemaname = 'public'",
+        "FUNCTION": "SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
+    }.items():
+        for (name,) in db.execute(query).fetchall():
+            db.execute(f"ALTER {kind} {name} OWNER TO beacon_owner")
+    for table in ("jobs", "executions"):
+        db.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+
+
 def test_no_two_functions_have_the_same_name(functions):
     """Else a call with fewer arguments could become ambiguous, as between two versions."""
     names = [f.name for f in functions]

@@ -2,7 +2,11 @@
 
 import psycopg
 import pytest
-from conftest import wait_until
+from conftest import change_function, wait_until
+
+READ = """
+    SELECT COALESCE(sum(seq_tup_read + idx_tup_fetch), 0)::int
+    FROM pg_stat_xact_user_tables WHERE relname = 'executions'"""
 
 
 @pytest.fixture
@@ -68,13 +72,29 @@ def test_executions_in_other_states_are_started_but_not_active(make_job, runaway
     assert (job["started"], job["active"]) == (4, 1)
 
 
-def test_more_jobs_than_asked_for_are_cut_off_and_that_is_said(make_job, runaways):
-    for count in (1, 3, 2):
+def test_more_jobs_than_asked_for_are_cut_off_and_that_is_said(db, make_job, service, runaways):
+    add(db, make_job("waiting"), 9, minutes_ago=60, status="pending")
+    for count in (1, 5, 3, 2, 4):
         make_job(f"job-{count}", running=count)
 
     answer = runaways(max_jobs=2)
-    assert ([job["job_id"] for job in answer["jobs"]], answer["truncated"]) == (["job-3", "job-2"], True)
-    assert runaways(max_jobs=3)["truncated"] is False
+    assert ([job["job_id"] for job in answer["jobs"]], answer["truncated"]) == (["job-5", "job-4"], True)
+    assert runaways(max_jobs=6)["truncated"] is False
+    service.execute("SET enable_nestloop = off; SET enable_hashjoin = off")  # so that jobs are met in another order
+    assert runaways(max_jobs=2) == answer
+
+
+def test_one_execution_that_has_started_or_is_active_is_enough_and_any_other_is_not(db, make_job, runaways):
+    add(db, make_job("started"), 1)
+    for job_id, status in {"active": "running", "queued": "queued", "ended": "completed"}.items():
+        add(db, make_job(job_id), 1, minutes_ago=60, status=status)
+
+    assert [(job["job_id"], job["started"], job["active"]) for job in runaways()["jobs"]] == [
+        ("started", 1, 0),
+        ("active", 0, 1),
+    ]
+    assert [runaways(max_jobs=number)["truncated"] for number in (1, 2)] == [True, False]
+    assert [job["per_minute"] for job in runaways(minutes=3)["jobs"]] == [0.3, 0]
 
 
 def test_all_of_many_new_executions_are_counted_among_more_old_ones(db, make_job, runaways):
@@ -84,6 +104,14 @@ def test_all_of_many_new_executions_are_counted_among_more_old_ones(db, make_job
     # On a machine that is busy it may read fewer at first, and says so.
     answer = wait_until(lambda: not (answer := runaways())["truncated"] and answer)
     assert [(job["job_id"], job["started"]) for job in answer["jobs"]] == [("runaway", 30_000)]
+
+
+def test_all_of_many_active_ones_are_counted_although_none_is_new(db, make_job, runaways):
+    add(db, make_job("a"), 3_000, minutes_ago=60, status="pending")
+    change_function(db, "runaway_jobs", "'300 ms'", "'60 s'")  # on a machine that is busy
+
+    answer = runaways()
+    assert ([(job["started"], job["active"]) for job in answer["jobs"]], answer["truncated"]) == ([(0, 3_000)], False)
 
 
 @pytest.mark.parametrize("has_index", [True, False])
@@ -105,6 +133,7 @@ def test_what_is_active_in_a_job_listed_is_counted_although_others_have_more_tha
     add(db, make_job("a"), 100_001, minutes_ago=60, status="pending")
     add(db, make_job("b"), 50, status="running")
     db.execute("VACUUM ANALYZE executions")
+    change_function(db, "runaway_jobs", "'300 ms'", "'60 s'")  # it ends before, whatever is left
 
     answer = runaways()
     first = answer["jobs"][0]
@@ -120,23 +149,104 @@ def test_an_index_on_the_time_finds_what_the_order_of_the_ids_hides(db, make_job
     assert [(job["job_id"], job["started"]) for job in runaways()["jobs"]] == [("hidden", 3)]
 
 
-def test_without_any_index_that_tells_it_knows_what_has_not_ended(db, make_job, runaways):
-    db.execute("ALTER TABLE executions DROP CONSTRAINT executions_pkey")
+@pytest.mark.parametrize(
+    "statements",
+    [
+        "ALTER TABLE executions DROP CONSTRAINT executions_pkey",
+        "ALTER TABLE executions DROP CONSTRAINT executions_pkey; CREATE INDEX ON executions USING hash (created_at)",
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'executions_pkey'::regclass",
+        "ALTER TABLE executions ALTER id DROP IDENTITY; ALTER TABLE executions ALTER id TYPE text",
+    ],
+    ids=["none", "without an order", "invalid", "on ids that do not ascend"],
+)
+def test_without_any_index_that_tells_it_knows_what_has_not_ended(db, make_job, runaways, statements):
     job_id = make_job(running=3, completed=4)
+    add(db, make_job("old"), 5, minutes_ago=60, status="running")
+    db.execute(statements)
 
     answer = runaways()
-    assert [(job["job_id"], job["started"], job["active"]) for job in answer["jobs"]] == [(job_id, 3, 3)]
+    assert [(job["job_id"], job["started"], job["active"]) for job in answer["jobs"]] == [(job_id, 3, 3), ("old", 0, 5)]
     assert answer["truncated"] is True
+
+
+@pytest.mark.parametrize("type", ["bigint", "int", "smallint"])
+def test_ids_that_ascend_tell_of_whatever_type_they_are(db, make_job, runaways, type):
+    job_id = make_job(running=3, completed=4)
+    db.execute(f"ALTER TABLE executions ALTER id TYPE {type}")
+
+    answer = runaways()
+    assert ([(job["job_id"], job["started"]) for job in answer["jobs"]], answer["truncated"]) == ([(job_id, 7)], False)
+
+
+def test_without_arguments_it_looks_for_twenty_jobs_in_the_last_five_minutes(db, make_job, service):
+    for number in range(21):
+        make_job(f"job-{number}", running=1)
+
+    answer = service.execute("SELECT runaway_jobs()").fetchone()[0]
+    assert (answer["minutes"], len(answer["jobs"]), answer["truncated"]) == (5, 20, True)
+
+
+def test_columns_without_a_time_zone_are_in_that_of_the_installation(db, make_job, service, runaways):
+    db.execute("ALTER TABLE executions ALTER created_at TYPE timestamp USING created_at AT TIME ZONE 'UTC'")
+    job_id = make_job(running=1)
+    db.execute("UPDATE executions SET created_at = now() AT TIME ZONE 'UTC'")
+    service.execute("SET timezone = 'Asia/Tokyo'")
+
+    (job,) = runaways()["jobs"]
+    created_at = db.execute('SELECT to_char(created_at, \'YYYY-MM-DD"T"HH24:MI:SS"Z"\') FROM executions').fetchone()[0]
+    assert (job["job_id"], job["started"], job["oldest_active_at"]) == (job_id, 1, created_at)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_when_its_time_is_over_it_has_read_the_latest_thousand_and_a_thousand_active(db, connect, make_job, has_index):
+    if has_index:
+        db.execute("CREATE INDEX executions_created_at ON executions (created_at)")
+    add(db, make_job("early"), 5_000, minutes_ago=2, status="pending")
+    add(db, make_job("late"), 600, status="running")
+    add(db, make_job("last"), 570)
+    for status in ("pending", "running", "processing"):
+        add(db, "last", 10, status=status)
+    db.execute("VACUUM ANALYZE executions")
+    change_function(db, "runaway_jobs", "'300 ms'", "'0 ms'")
+    session = connect(autocommit=False)
+
+    answer = session.execute("SELECT runaway_jobs()").fetchone()[0]
+    assert [(job["job_id"], job["started"], job["active"]) for job in answer["jobs"]] == [
+        ("last", 600, 30),
+        ("late", 400, 100),
+        ("early", 0, 1000),
+    ]
+    assert answer["truncated"] is True
+    assert session.execute(READ).fetchone() == (2 * 1000 + 30 + 2 * 100,)
+
+
+@pytest.mark.parametrize(("count", "truncated"), [(899, False), (900, True)])
+def test_nine_new_of_the_ten_latest_may_not_be_all_that_are_new(db, make_job, runaways, count, truncated):
+    """A transaction that took long has added rows that look old."""
+    add(db, make_job("old"), 1_000, minutes_ago=60)
+    add(db, make_job("new"), count)
+    change_function(db, "runaway_jobs", "'300 ms'", "'0 ms'")
+
+    answer = runaways()
+    assert ([job["started"] for job in answer["jobs"]], answer["truncated"]) == ([count], truncated)
+
+
+def test_executions_of_a_job_that_is_gone_are_shown_without_a_status(db, make_job, runaways):
+    job_id = make_job(running=2)
+    db.execute("ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey; DELETE FROM jobs")
+
+    (job,) = runaways()["jobs"]
+    assert (job["job_id"], job["status"], job["started"]) == (job_id, None, 2)
 
 
 @pytest.mark.parametrize(
     ("minutes", "max_jobs", "named"),
-    [(0, 20, "minutes"), (1441, 20, "minutes"), (None, 20, "minutes"), (5, 0, "max_jobs"), (5, 101, "max_jobs")],
+    [(number, 20, "minutes") for number in (0, 1441, None)] + [(5, number, "max_jobs") for number in (0, 101, None)],
 )
 def test_arguments_out_of_range_are_refused(runaways, minutes, max_jobs, named):
     with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"{named} is"):
         runaways(minutes, max_jobs)
-    assert runaways(1440, 100)["jobs"] == []
+    assert runaways(1440, 100)["jobs"] == runaways(1, 1)["jobs"] == []
 
 
 def test_it_works_in_a_read_only_transaction(make_job, service, runaways):
@@ -157,14 +267,11 @@ def test_of_many_old_executions_it_reads_few(db, make_job, connect, analyzed):
     if analyzed:
         db.execute("ANALYZE executions")
     reader = connect()
-    read = """
-        SELECT COALESCE(sum(seq_tup_read + idx_tup_fetch), 0)
-        FROM pg_stat_xact_user_tables WHERE relname = 'executions'"""
 
     for _ in range(8):  # after five calls PostgreSQL may take a plan that knows no arguments
         with reader.transaction():
-            before = reader.execute(read).fetchone()[0]
+            before = reader.execute(READ).fetchone()[0]
             answer = reader.execute("SELECT runaway_jobs()").fetchone()[0]
-            rows = reader.execute(read).fetchone()[0] - before
+            rows = reader.execute(READ).fetchone()[0] - before
         assert (answer["jobs"][0]["job_id"], answer["jobs"][0]["started"]) == ("runaway", 400)
         assert 400 < rows < 10_000

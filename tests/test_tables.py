@@ -299,6 +299,10 @@ def test_the_indexes_that_the_readme_makes_beforehand_are_those_that_are_needed(
 
 
 ANY_ID = "expected text or character varying or uuid or bigint or integer"
+# As a nondeterministic collation of ICU, without which PostgreSQL may have been built.
+LOOSE = """
+    CREATE COLLATION loose FROM "C";
+    UPDATE pg_collation SET collisdeterministic = false WHERE collname = 'loose'"""
 REFUSED = {
     "a numeric job id": (
         "CREATE TABLE jobs (id numeric PRIMARY KEY, status text)",
@@ -326,6 +330,19 @@ REFUSED = {
         "CREATE TABLE executions (id bigint, job_id text, status text)",
         'column executions.job_id has the collation "default": expected that of jobs.id, "C"',
     ),
+    "executions alone in another collation": (
+        'CREATE TABLE executions (id bigint, job_id text COLLATE "C", status text)',
+        'column executions.job_id has the collation "C": expected that of jobs.id, "default"',
+    ),
+    "ids of which others are equal": (
+        f"{LOOSE}; CREATE TABLE jobs (id text COLLATE loose PRIMARY KEY, status text)",
+        "column jobs.id has the nondeterministic collation loose: expected one in which only the same text is equal",
+    ),
+    "no id": ("CREATE TABLE jobs (status text)", f"column jobs.id is missing: {ANY_ID}"),
+    "no job id": (
+        "CREATE TABLE executions (id bigint, status text)",
+        f"column executions.job_id is missing: {ANY_ID} or smallint",
+    ),
     "text metadata": (
         "CREATE TABLE jobs (id text PRIMARY KEY, status text, metadata text)",
         "column jobs.metadata has type text: expected jsonb",
@@ -344,6 +361,15 @@ REFUSED = {
     ),
     "an id that is not unique": (
         "CREATE TABLE jobs (id text, status text)",
+        "column jobs.id is not unique: expected a primary key or a unique index on it alone",
+    ),
+    "an id that is unique in part, or only together with another column": (
+        "CREATE TABLE jobs (name text UNIQUE, id text, status text);"
+        "CREATE TABLE executions (id bigint PRIMARY KEY, job_id text, status text);"
+        "CREATE INDEX ON jobs (id); CREATE UNIQUE INDEX ON jobs (id, status);"
+        "CREATE UNIQUE INDEX half_made ON jobs (id);"
+        "CREATE UNIQUE INDEX ON jobs (id) WHERE status = 'pending';"
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'half_made'::regclass",
         "column jobs.id is not unique: expected a primary key or a unique index on it alone",
     ),
     "a generated status": (
@@ -377,6 +403,64 @@ def test_a_schema_that_cannot_work_is_refused_with_its_column_and_left_alone(bar
     assert everything(bare) == before
 
 
+def test_everything_that_is_in_the_way_is_listed(bare, bare_url):
+    bare.execute("""
+        CREATE TABLE jobs (id numeric PRIMARY KEY, status int, metadata text, created_at date, updated_at date);
+        CREATE TABLE executions (
+            id numeric, job_id text, status int, output text, created_at date, started_at date, completed_at date)""")
+
+    with pytest.raises(psycopg.errors.InvalidTableDefinition) as refused:
+        beacon_stop.init_db(bare_url)
+    detail = refused.value.diag.message_detail.split("\n")
+    assert refused.value.diag.message_primary == detail[0]
+    assert sorted(line.split(":")[0].split(" has ")[0] for line in detail) == sorted(
+        f"column {column}"
+        for column in (
+            "jobs.id", "jobs.status", "jobs.metadata", "jobs.created_at", "jobs.updated_at",
+            "executions.id", "executions.job_id", "executions.status", "executions.output",
+            "executions.created_at", "executions.started_at", "executions.completed_at",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["varchar(7)", "varchar"])
+def test_a_status_that_just_works_is_taken(bare, bare_url, status):
+    bare.execute(f"CREATE TABLE jobs (id varchar(3) PRIMARY KEY, status {status})")
+    bare.execute(f"CREATE TABLE executions (id varchar(3), job_id varchar(3) REFERENCES jobs, status {status})")
+
+    install(bare_url)
+    bare.execute("INSERT INTO jobs (id, status) VALUES ('a', 'pending')")
+    bare.execute("INSERT INTO executions (id, job_id, status) VALUES (1, 'a', 'running')")
+    assert bare.execute("SELECT emergency_stop_job('a')").fetchone()[0]["executions_stopped"] == 1
+
+
+STOP = (
+    "INSERT INTO emergency_stops (job_id, previous_status, stopped_at, executions_stopped{}) VALUES ('a', 'b', now(), "
+)
+CHANGE = "INSERT INTO batch_changes (operation, job_id, previous_status, changed_at, {}) VALUES ("
+BOUNDS = {
+    "INSERT INTO jobs (id) VALUES (repeat('x', {}))": (["1", "255"], ["0", "256"]),
+    STOP.format("") + "{})": (["0"], ["-1"]),
+    STOP.format(", sessions_ended") + "0, {})": (["DEFAULT", "0"], ["-1"]),
+    STOP.format(", reason") + "0, repeat('x', {}))": (["1000"], ["1001"]),
+    STOP.format(", action") + "0, {})": (["'stop'", "'release'"], ["'other'"]),
+    STOP.format(", caller") + "0, {})": (["'{}'"], ["'[]'"]),
+    CHANGE.format("executions_stopped") + "'timeout_stuck_jobs', 'a', 'b', now(), {})": (["0"], ["-1", "NULL"]),
+    CHANGE.format("attempt") + "'repair_stuck_jobs', 'a', 'b', now(), {})": (["1"], ["0", "NULL"]),
+    CHANGE.format("attempt") + "{}, 'a', 'b', now(), 1)": (["'repair_stuck_jobs'"], ["'other'"]),
+}
+
+
+def test_new_tables_take_what_is_within_their_bounds_and_nothing_else(db):
+    for statement, (within, beyond) in BOUNDS.items():
+        for value in within:
+            db.execute(statement.replace("{}", value, 1))
+        for value in beyond:
+            with pytest.raises(psycopg.errors.CheckViolation):
+                db.execute(statement.replace("{}", value, 1))
+    assert db.execute("SELECT DISTINCT sessions_ended FROM emergency_stops").fetchall() == [(0,)]
+
+
 def test_init_db_command_says_what_the_database_refused(bare, bare_url, capsys, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", bare_url)
 
@@ -407,12 +491,15 @@ def test_default_privileges_do_not_open_the_records(bare, bare_url, installed):
     bare.execute("ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO beacon_service, PUBLIC")
 
     install(bare_url)
-    for table in ("emergency_stops", "batch_changes"):
-        query = "SELECT has_sequence_privilege('beacon_service', %s, 'UPDATE')"
-        assert bare.execute(query, (f"{table}_id_seq",)).fetchone() == (False,)
-        for privilege in ("INSERT", "UPDATE", "DELETE", "TRUNCATE"):
-            query = "SELECT has_table_privilege('beacon_service', %s, %s)"
-            assert bare.execute(query, (table, privilege)).fetchone() == (False,), (table, privilege)
+    rights = bare.execute("""
+        SELECT c.relname, r.role, p.name
+        FROM pg_class c, unnest('{public,beacon_service}'::text[]) AS r (role),
+             unnest('{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER,USAGE}'::text[]) AS p (name)
+        WHERE c.relname ~ '^(emergency_stops|batch_changes)(_id_seq)?$' AND CASE c.relkind
+            WHEN 'r' THEN p.name <> 'USAGE' AND has_table_privilege(r.role, c.oid, p.name)
+            ELSE p.name IN ('SELECT', 'UPDATE', 'USAGE') AND has_sequence_privilege(r.role, c.oid, p.name) END
+        ORDER BY 1""").fetchall()
+    assert rights == [("batch_changes", "beacon_service", "SELECT"), ("emergency_stops", "beacon_service", "SELECT")]
 
 
 def test_no_column_of_the_application_s_own_is_taken_for_a_parameter(db, service, make_job, stop):
@@ -442,3 +529,14 @@ def test_no_column_of_the_application_s_own_is_taken_for_a_parameter(db, service
     assert service.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id],)).fetchone()[0]["ok"]
     assert service.execute("SELECT count(*) FROM emergency_stop_blockers(%s)", (job_id,)).fetchone() == (0,)
     assert service.execute("SELECT * FROM emergency_stop_faults()").fetchall() == []
+
+
+@pytest.mark.parametrize("collation", ["POSIX", "C"])
+def test_states_in_a_collation_of_their_own_are_taken(bare, bare_url, collation):
+    """The texts of the warnings took the collation over, and could not be put together."""
+    bare.execute(EXISTING)
+    for table in ("jobs", "executions"):
+        bare.execute(f'ALTER TABLE {table} ALTER status TYPE text COLLATE "{collation}"')
+
+    install(bare_url)
+    assert bare.execute("SELECT emergency_stop_job('job-1')").fetchone()[0]["executions_stopped"] == 10
