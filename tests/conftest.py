@@ -30,13 +30,13 @@ from urllib.parse import quote
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
+import beacon_stop
 import psycopg
 import pytest
-from processes import Cluster
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from pytest_postgresql import factories
 
-import beacon_stop
+from processes import Cluster
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-that-only-operators-have"
@@ -51,11 +51,7 @@ READMES = ["README.md", "sql/README.md", "sql/plproxy/README.md", "tests/README.
 def readme_block(language: str, containing: str) -> str:
     """A fenced block of one of the READMEs, so that what it shows is what runs here."""
     text = "\n".join((ROOT / name).read_text() for name in READMES)
-    (block,) = [
-        block
-        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        if containing in block
-    ]
+    (block,) = [block for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if containing in block]
     return block
 
 
@@ -136,9 +132,7 @@ def create_service_role(**connection: Any) -> None:
     connection.pop("autocommit")
     create_role, grants = readme_block("sql", "CREATE ROLE beacon_service").split(";", 1)
     with psycopg.connect(**connection, autocommit=True) as db:
-        with suppress(
-            psycopg.errors.DuplicateObject
-        ):  # roles are the server's, and this one may be from an earlier run
+        with suppress(psycopg.errors.DuplicateObject):  # roles are the server's, and this one may be from an earlier run
             db.execute(create_role)
         db.execute(f"ALTER ROLE beacon_service PASSWORD '{SERVICE_PASSWORD}'")
         db.execute(grants)
@@ -164,9 +158,7 @@ def new_database_name(server_url: str, template: str) -> Iterator[str]:
     """A database of a name that no other test has: what an earlier one may have left running does not find it."""
     name, server = f"test_{next(database_numbers)}", maintenance(server_url)
     server.execute(f"DROP DATABASE IF EXISTS {name}")  # an interrupted run's, where the server outlives it
-    server.execute(
-        f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"
-    )  # in memory half the time of wal_log
+    server.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")  # in memory half the time of wal_log
     try:
         yield name
     finally:
@@ -247,9 +239,7 @@ def make_job(db: psycopg.Connection) -> Callable[..., str]:
             (id, json.dumps(metadata) if metadata else None),
         )
         for execution_status, count in executions.items():
-            db.execute(
-                "SELECT set_config('session_replication_role', %s, false)", ("replica" if count > 10_000 else "origin",)
-            )  # quick
+            db.execute("SELECT set_config('session_replication_role', %s, false)", ("replica" if count > 10_000 else "origin",))  # quick
             db.execute(
                 "INSERT INTO executions (job_id, status) SELECT %s, %s FROM generate_series(1, %s)",
                 (id, execution_status, count),

@@ -39,10 +39,10 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psycopg
-from conftest import SERVER_SETTINGS, new_folder
-
 import beacon_stop
+import psycopg
+
+from conftest import SERVER_SETTINGS, new_folder
 
 ROOT = Path(__file__).parent.parent
 ACCEPTED = ROOT / "tests" / "mutants_accepted.txt"

@@ -75,11 +75,7 @@ def running(
             time.sleep(0.05)
         yield server
     finally:
-        family = (
-            [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            if process.poll() is None
-            else []
-        )
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
         if family:
             process.send_signal(stop_signal)
         with suppress(subprocess.TimeoutExpired):
@@ -156,9 +152,7 @@ class Cluster:
 
     def create(self, **settings: Any) -> "Cluster":
         """Make the data folder and write the settings; `copy_from` takes the place of this for a standby."""
-        self.run(
-            "initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"
-        )
+        self.run("initdb", "-D", self.data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
         self.configure(**settings)
         return self
 

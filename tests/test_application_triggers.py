@@ -4,6 +4,7 @@ import json
 
 import psycopg
 import pytest
+
 from conftest import TOKEN, Client, count_active
 
 STOP = "SELECT emergency_stop_job(%s)"
@@ -19,7 +20,10 @@ AGAIN = """
 """
 
 
-@pytest.mark.parametrize("kind", ["TRIGGER again AFTER UPDATE ON executions", "CONSTRAINT TRIGGER again AFTER UPDATE ON executions DEFERRABLE INITIALLY DEFERRED"])
+@pytest.mark.parametrize(
+    "kind",
+    ["TRIGGER again AFTER UPDATE ON executions", "CONSTRAINT TRIGGER again AFTER UPDATE ON executions DEFERRABLE INITIALLY DEFERRED"],
+)
 def test_executions_that_a_trigger_starts_for_each_that_fails_are_stopped_and_counted(db, make_job, stop, kind):
     """Version 1.0: ok, 5 stopped, 5 pending; and the second stop failed for ever."""
     job_id = make_job(running=5)
@@ -126,10 +130,7 @@ def test_the_error_of_a_trigger_is_told_as_it_is(make_app, db, make_job, sqlstat
     assert (answer.status, answer.json["sqlstate"]) == (500, sqlstate)
     assert "the application says no" in answer.json["message"]
     assert count_active(db, job_id) == 1
-    db.execute(
-        "CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id <> 'other')"
-        " EXECUTE FUNCTION refuse()"
-    )
+    db.execute("CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id <> 'other') EXECUTE FUNCTION refuse()")
     other = make_job("other", running=1)
     body = json.dumps({"job_ids": [job_id, other]}).encode()
     several = Client(make_app(lock_timeout="300ms"))("POST", "/admin/emergency-stop", body, HTTP_X_ADMIN_TOKEN=TOKEN)

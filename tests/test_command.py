@@ -12,13 +12,13 @@ import time
 import zipfile
 from pathlib import Path
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
+
 from conftest import ROOT, TOKEN, send, wait_until
 from processes import accepts_connections, free_port, has_ended
-
-import beacon_stop
 
 GOOD = {"ADMIN_TOKEN": TOKEN, "DATABASE_URL": "postgresql://u:secret-password@127.0.0.1:9/x"}
 
@@ -83,9 +83,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_setting_stops_the_start_with_its_name_and_what_was_expected(name, capsys, monkeypatch):
     settings, message = BAD[name]
-    for key in [
-        key for key in os.environ if key.startswith(("BEACON_", "ADMIN_", "DATABASE_")) or key in ("HOST", "PORT")
-    ]:
+    for key in [key for key in os.environ if key.startswith(("BEACON_", "ADMIN_", "DATABASE_")) or key in ("HOST", "PORT")]:
         monkeypatch.delenv(key)
     for key, value in {**GOOD, **settings}.items():
         monkeypatch.setenv(key, value)
@@ -104,9 +102,7 @@ def test_a_taken_port_stops_the_start(start_service, capsys, monkeypatch):
 
     assert beacon_stop.main(["serve", "--port", port]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(
-        f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port"
-    )
+    assert said.startswith(f"beacon-stop: cannot listen on 127.0.0.1 port {port}: Address already in use; --host and --port")
 
 
 def test_settings_as_they_are_meant():
@@ -137,9 +133,7 @@ def test_the_readme_lists_every_setting():
 
 def test_importing_needs_no_environment_and_asking_for_help_no_settings(tmp_path):
     for arguments in (["-c", "import beacon_stop; beacon_stop.application"], ["-m", "beacon_stop", "--help"]):
-        subprocess.run(
-            [sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True
-        )
+        subprocess.run([sys.executable, *arguments], env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -156,9 +150,7 @@ def start_demo(folder):
             "TMPDIR": str(folder / "tmp"), "PATH": os.environ["PATH"], "HOME": str(folder), "PORT": port, "PYTHONPATH": str(ROOT),
             "LC_ALL": "xx_XX.UTF-8", "PGSERVICE": "no-such-service", "PGHOSTADDR": "192.0.2.1", **changes,
         }  # fmt: skip
-        environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = (
-            "postgresql://nobody@127.0.0.1:9/not-this-one"
-        )
+        environment["DATABASE_URL"] = environment["BEACON_READ_DATABASE_URL"] = "postgresql://nobody@127.0.0.1:9/not-this-one"
         process = subprocess.Popen(
             [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
             env=environment, cwd=folder / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -276,9 +268,9 @@ def test_a_demo_on_a_port_in_use_says_how_to_choose_another(start_demo, folder):
 def test_a_folder_in_which_postgresql_cannot_have_its_socket_is_named(tmp_path):
     for name in ("a b", "it's", "x" * 100):
         (tmp_path / name).mkdir()
-        with pytest.raises(beacon_stop.ConfigurationError, match=r"cannot have its socket in .*TMPDIR names another"):
-            with beacon_stop.embedded_postgres(tmp_path / name):
-                pass
+        refused = pytest.raises(beacon_stop.ConfigurationError, match=r"cannot have its socket in .*TMPDIR names another")
+        with refused, beacon_stop.embedded_postgres(tmp_path / name):
+            pass
 
 
 def test_an_ignored_signal_stays_ignored(service_url):
@@ -308,9 +300,7 @@ def test_without_stderr(service_url):
     )  # fmt: skip
     try:
         wait_until(lambda: accepts_connections(port))
-        answer = send(
-            f"http://127.0.0.1:{port}", "POST", "/admin/jobs/nix/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN}
-        )
+        answer = send(f"http://127.0.0.1:{port}", "POST", "/admin/jobs/nix/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN})
         assert answer.status == 404
     finally:
         process.terminate()

@@ -2,8 +2,9 @@
 
 import psycopg
 import pytest
-from conftest import in_thread, is_waiting, wait_until
 from psycopg.conninfo import make_conninfo
+
+from conftest import in_thread, is_waiting, wait_until
 
 CONFIRM = "SELECT confirm_stopped(%s)"
 
@@ -11,10 +12,7 @@ CONFIRM = "SELECT confirm_stopped(%s)"
 @pytest.fixture
 def worker_url(db, owner_url):
     """A worker's role, which reads and writes executions and may confirm."""
-    db.execute(
-        "DO $$ BEGIN CREATE ROLE beacon_worker LOGIN PASSWORD 'worker-in-tests';"
-        "EXCEPTION WHEN duplicate_object THEN END $$"
-    )
+    db.execute("DO $$ BEGIN CREATE ROLE beacon_worker LOGIN PASSWORD 'worker-in-tests';EXCEPTION WHEN duplicate_object THEN END $$")
     db.execute("GRANT SELECT, INSERT, UPDATE ON executions TO beacon_worker")
     db.execute("GRANT EXECUTE ON FUNCTION confirm_stopped(bigint[]) TO beacon_worker")
     return make_conninfo(owner_url, user="beacon_worker", password="worker-in-tests")
@@ -57,9 +55,7 @@ def test_what_no_stop_failed_stays_as_it_is(db, make_job, worker):
     before = db.execute("SELECT * FROM executions ORDER BY id").fetchall()
 
     assert confirm(worker, *ids_of(db, job_id), 1_000_000) == 0
-    assert worker.execute(
-        "SELECT confirm_stopped('{}'), confirm_stopped(NULL), confirm_stopped('{NULL}')"
-    ).fetchone() == (0, 0, 0)
+    assert worker.execute("SELECT confirm_stopped('{}'), confirm_stopped(NULL), confirm_stopped('{NULL}')").fetchone() == (0, 0, 0)
     assert db.execute("SELECT * FROM executions ORDER BY id").fetchall() == before
 
 
@@ -100,9 +96,7 @@ def test_while_it_waits_for_one_it_holds_none_of_a_higher_id(db, make_job, stop,
     job_id = make_job(running=3)
     ids = ids_of(db, job_id)
     stop(job_id)
-    db.execute(
-        "UPDATE executions SET created_at = created_at WHERE id = %s", (ids[0],)
-    )  # now it is the last in the table
+    db.execute("UPDATE executions SET created_at = created_at WHERE id = %s", (ids[0],))  # now it is the last in the table
     worker.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")
     holder = connect(autocommit=False)
     holder.execute("SELECT FROM executions WHERE id = %s FOR UPDATE", (ids[0],))

@@ -6,13 +6,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
-from conftest import TOKEN, Client, change_function, count_active, hold_stops, in_thread, is_waiting, let_stops_go, new_database, stops_are_held, wait_until
-from processes import suspended
 
-import beacon_stop
+from conftest import (
+    TOKEN,
+    Client,
+    change_function,
+    count_active,
+    hold_stops,
+    in_thread,
+    is_waiting,
+    let_stops_go,
+    new_database,
+    stops_are_held,
+    wait_until,
+)
+from processes import suspended
 
 STOP = "SELECT emergency_stop_job(%s)"
 FORCE = "SELECT emergency_stop_job(%s, force => true)"
@@ -123,7 +135,11 @@ def test_a_locked_job_is_told_who_holds_it_after_one_lock_timeout_and_nothing_ha
     (blocker,) = locked(job_id)
     assert 0.15 < time.monotonic() - started < 1.3
     assert list(blocker) == KEYS
-    assert (blocker["pid"], blocker["state"], blocker["query"]) == (holder.info.backend_pid, "idle in transaction", HOLDS[name].replace("%s", "$1"))
+    assert (blocker["pid"], blocker["state"], blocker["query"]) == (
+        holder.info.backend_pid,
+        "idle in transaction",
+        HOLDS[name].replace("%s", "$1"),
+    )
     assert blocker["transaction_seconds"] >= 0.2
     assert "force => true" in locked.hint
     holder.rollback()
@@ -447,9 +463,7 @@ def test_a_prepared_transaction_is_named_by_its_gid_and_keeps_force_from_ending_
             worker.execute("SELECT FROM executions WHERE id = 3 FOR UPDATE")
 
             found = db.execute("SELECT * FROM emergency_stop_blockers('a') WHERE pid = 0").fetchall()
-            assert [row[:4] for row in found] == [
-                (0, gid, "postgres", "prepared transaction") for gid in ("changed", "inserted", "shared")
-            ]
+            assert [row[:4] for row in found] == [(0, gid, "postgres", "prepared transaction") for gid in ("changed", "inserted", "shared")]
             app = beacon_stop.create_app({"DATABASE_URL": url, "ADMIN_TOKEN": TOKEN}, lock_timeout="300ms")
             told = Client(app).stop("a")
             app.close()

@@ -5,6 +5,7 @@ import threading
 
 import psycopg
 import pytest
+
 from conftest import in_thread, wait_until
 
 DRY_RUN = "SELECT emergency_stop_dry_run(%s)"
@@ -30,9 +31,7 @@ def test_it_answers_what_the_stop_then_answers(make_job, dry_run, stop):
     assert list(rehearsed) == [*stopped, "dry_run", "took_ms"]
     assert rehearsed["dry_run"] is True
     assert 0 < rehearsed["took_ms"] < 20_000
-    assert {key: rehearsed[key] for key in stopped if key != "stopped_at"} == {
-        key: stopped[key] for key in stopped if key != "stopped_at"
-    }
+    assert {key: rehearsed[key] for key in stopped if key != "stopped_at"} == {key: stopped[key] for key in stopped if key != "stopped_at"}
     assert rehearsed["executions_stopped"] == 5
 
 

@@ -4,12 +4,12 @@ import statistics
 import threading
 import time
 
+import beacon_stop
 import psycopg
 import pytest
+
 from conftest import Client, change_function, in_thread, wait_until
 from test_privileges import CALLS
-
-import beacon_stop
 
 FAULTS = "SELECT * FROM emergency_stop_faults()"
 
@@ -74,8 +74,7 @@ FAULTY = {
         "ALTER FUNCTION another(text) RENAME TO job_barrier",
     ),
     "a function with other arguments": (
-        "ALTER FUNCTION release_job(text,text,text,jsonb) RENAME TO another;"
-        "CREATE FUNCTION release_job(int) RETURNS int RETURN 1",
+        "ALTER FUNCTION release_job(text,text,text,jsonb) RENAME TO another;CREATE FUNCTION release_job(int) RETURNS int RETURN 1",
         "function release_job(text,text,text,jsonb) is missing: the one that is there has other arguments",
         "DROP FUNCTION release_job; ALTER FUNCTION another RENAME TO release_job",
     ),
@@ -122,8 +121,7 @@ FAULTY = {
         "ALTER INDEX another RENAME TO emergency_stops_job_id_id_idx",
     ),
     "an index of the name in another order": (
-        "ALTER INDEX executions_job_id_id_idx RENAME TO another;"
-        "CREATE INDEX executions_job_id_id_idx ON executions (job_id, id DESC)",
+        "ALTER INDEX executions_job_id_id_idx RENAME TO another;CREATE INDEX executions_job_id_id_idx ON executions (job_id, id DESC)",
         "index executions_job_id_id_idx is not valid",
         "DROP INDEX executions_job_id_id_idx; ALTER INDEX another RENAME TO executions_job_id_id_idx",
     ),
@@ -135,8 +133,7 @@ FAULTY = {
     ),
     "no foreign key": (
         "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
-        "warning: no foreign key leads from executions.job_id to jobs,"
-        " so executions can be added for jobs that do not exist",
+        "warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist",
         "ALTER TABLE executions ADD CONSTRAINT executions_job_id_fkey FOREIGN KEY (job_id) REFERENCES jobs",
     ),
     "a list of functions that is gone": (
@@ -175,9 +172,7 @@ def test_each_function_that_the_service_calls_is_missed_where_it_may_not_call_it
     db.execute("GRANT EXECUTE ON FUNCTION emergency_stop_faults() TO beacon_service")
 
     asked_for = sorted(CALLS.keys() - {"emergency_stop_faults", "emergency_stop_blockers"})  # by the others
-    assert [fault.split("(")[0] for fault in faults()] == [
-        f"role beacon_service may not execute function {name}" for name in asked_for
-    ]
+    assert [fault.split("(")[0] for fault in faults()] == [f"role beacon_service may not execute function {name}" for name in asked_for]
 
 
 @pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops", "batch_changes"])
@@ -275,10 +270,7 @@ def test_a_standby_is_named_as_one_and_not_as_read_only_besides(db, service, fau
 def weak_owner(db):
     """The functions belong to a role that is no superuser; it has its rights on the tables, and no others."""
     db.execute("DO $$ BEGIN CREATE ROLE beacon_weak_owner; EXCEPTION WHEN duplicate_object THEN END $$")
-    db.execute(
-        "GRANT CREATE, USAGE ON SCHEMA public TO beacon_weak_owner;"
-        "GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner"
-    )
+    db.execute("GRANT CREATE, USAGE ON SCHEMA public TO beacon_weak_owner;GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner")
     db.execute("""
         DO $$
         DECLARE f regprocedure;
@@ -289,20 +281,13 @@ def weak_owner(db):
         END
         $$""")
     yield "beacon_weak_owner"
-    db.execute(
-        "REASSIGN OWNED BY beacon_weak_owner TO CURRENT_USER; DROP OWNED BY beacon_weak_owner;"
-        "DROP ROLE beacon_weak_owner"
-    )
+    db.execute("REASSIGN OWNED BY beacon_weak_owner TO CURRENT_USER; DROP OWNED BY beacon_weak_owner;DROP ROLE beacon_weak_owner")
 
 
 def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_owner):
     ends, sees = faults()
-    assert ends.startswith(
-        "warning: role beacon_weak_owner, which owns the functions, may not end the sessions of other roles"
-    )
-    assert sees.startswith(
-        "warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do"
-    )
+    assert ends.startswith("warning: role beacon_weak_owner, which owns the functions, may not end the sessions of other roles")
+    assert sees.startswith("warning: role beacon_weak_owner, which owns the functions, may not see what the sessions of other roles do")
 
     db.execute("ALTER FUNCTION emergency_stop_job RENAME TO another")
     assert faults() == ["function emergency_stop_job(text,text,boolean,jsonb) is missing", ends, sees]
@@ -314,9 +299,7 @@ def test_an_owner_who_may_not_end_or_see_sessions_is_a_warning(db, faults, weak_
 
 def test_a_helper_of_another_owner_is_named(db, faults, weak_owner):
     """As after an upgrade by a superuser of what another role has installed."""
-    db.execute(
-        "ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner"
-    )
+    db.execute("ALTER FUNCTION fail_job OWNER TO CURRENT_USER; GRANT pg_signal_backend, pg_read_all_stats TO beacon_weak_owner")
 
     (fault,) = faults()
     assert fault.startswith("role beacon_weak_owner, which owns emergency_stop_job, may not execute function fail_job(")
@@ -352,9 +335,7 @@ def test_an_owner_without_rights_on_the_tables_is_named(db, faults, weak_owner, 
     before = faults()
     db.execute(f"REVOKE {right} FROM beacon_weak_owner")
 
-    assert [fault for fault in faults() if fault not in before] == [
-        f"role beacon_weak_owner, which owns the functions, may not {told}"
-    ]
+    assert [fault for fault in faults() if fault not in before] == [f"role beacon_weak_owner, which owns the functions, may not {told}"]
 
 
 @pytest.mark.parametrize("table", ["jobs", "executions", "emergency_stops"])
@@ -379,14 +360,10 @@ def test_a_state_of_executions_that_no_stop_knows_is_a_warning(db, make_job, fau
     make_job(pending=5, running=5, processing=5, completed=5, failed=5, cancelled=5, queued=5)
     make_job(status="archived"), make_job(status="archived")
     db.execute("ALTER TABLE executions ADD worker text DEFAULT 'w'")
-    db.execute(
-        "CREATE SCHEMA theirs; CREATE TABLE theirs.executions AS SELECT 'odd' AS status FROM generate_series(1, 5)"
-    )
+    db.execute("CREATE SCHEMA theirs; CREATE TABLE theirs.executions AS SELECT 'odd' AS status FROM generate_series(1, 5)")
     db.execute("ANALYZE jobs, executions, theirs.executions")
 
-    assert faults() == [
-        "warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"
-    ]
+    assert faults() == ["warning: executions have the status 'queued', which is none of the six that a stop knows: it leaves them alone"]
 
 
 def test_it_waits_for_nobody_and_holds_up_nobody(db, connect, make_job, service, faults):
@@ -439,9 +416,7 @@ def test_readiness_keeps_no_lock_that_a_stop_waits_for(db, connect, service_url,
     check, operator = connect(service_url, autocommit=False), connect(service_url)
     assert check.execute(FAULTS).fetchall() == []
 
-    locks = db.execute(
-        "SELECT locktype, mode, relation::regclass::text FROM pg_locks WHERE pid = %s", (check.info.backend_pid,)
-    ).fetchall()
+    locks = db.execute("SELECT locktype, mode, relation::regclass::text FROM pg_locks WHERE pid = %s", (check.info.backend_pid,)).fetchall()
     assert [lock for lock in locks if lock[0] in ("advisory", "transactionid", "tuple")] == []
     assert {mode for kind, mode, _ in locks if kind == "relation"} == {"AccessShareLock"}
     assert not {"jobs", "executions", "emergency_stops", "batch_changes"} & {name for _, _, name in locks}
@@ -513,9 +488,7 @@ def test_strangers_may_not_ask(db, connect, owner_url):
         ),
     ],
 )
-def test_a_trigger_that_is_there_but_does_not_fire_is_a_fault_until_it_is_installed_again(
-    db, owner_url, table, trigger, definition
-):
+def test_a_trigger_that_is_there_but_does_not_fire_is_a_fault_until_it_is_installed_again(db, owner_url, table, trigger, definition):
     db.execute(f"DROP TRIGGER {trigger} ON {table}; CREATE TRIGGER {trigger} {definition}")
 
     faults = [fault for (fault,) in db.execute("SELECT * FROM emergency_stop_faults()")]

@@ -6,14 +6,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import count_active, wait_until
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-import beacon_stop
+from conftest import count_active, wait_until
 
 UTC = timezone.utc
 
@@ -364,9 +364,8 @@ def test_a_caller_that_is_no_object_is_refused(service, make_job, caller):
 
 def test_a_full_notification_queue_does_not_keep_a_stop_from_committing(folder):
     """A listener that stays in a transaction keeps the queue from being emptied. Version 1.0: no stop committed."""
-    with beacon_stop.embedded_postgres(folder) as url:
-        with psycopg.connect(url, autocommit=True) as db:
-            db.execute("ALTER SYSTEM SET max_notify_queue_pages = 64")
+    with beacon_stop.embedded_postgres(folder) as url, psycopg.connect(url, autocommit=True) as db:
+        db.execute("ALTER SYSTEM SET max_notify_queue_pages = 64")
     with beacon_stop.embedded_postgres(folder) as url:
         beacon_stop.init_db(url)
         with psycopg.connect(url, autocommit=True) as db, psycopg.connect(url, autocommit=True) as listener:

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import TOKEN, Client, count_active, in_thread, is_waiting, wait_until
 from psycopg.types.json import Jsonb
 
-import beacon_stop
+from conftest import TOKEN, Client, count_active, in_thread, is_waiting, wait_until
 
 STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
 
@@ -136,7 +136,8 @@ def test_force_ends_the_old_holder_of_a_job_whose_workers_come_and_go(make_app, 
             ended.set()
     (result,) = answer.json["results"]
     assert (answer.json["stopped"], result["message"], result["sessions_ended"]) == (1, "Job emergency stopped", 1)
-    assert old.closed or pytest.raises(psycopg.OperationalError, old.execute, "SELECT 1")
+    with pytest.raises(psycopg.OperationalError):
+        old.execute("SELECT 1")
     assert count_active(db, job_id) == 0
 
 

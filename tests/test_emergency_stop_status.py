@@ -1,6 +1,7 @@
 """sql/34_emergency_stop_status.sql: what a stop would meet, what stops have done, what the workers have confirmed."""
 
 import pytest
+
 from conftest import TOKEN, Client, wait_until
 
 STATUS = "SELECT emergency_stop_status(%s)"
@@ -23,8 +24,7 @@ def make_worked_job(db, make_job):
     def make_worked_job(begun, pending=0):
         job_id = make_job(pending=pending)
         rows = db.execute(
-            "INSERT INTO executions (job_id, status, started_at)"
-            " SELECT %s, 'running', now() FROM generate_series(1, %s) RETURNING id",
+            "INSERT INTO executions (job_id, status, started_at) SELECT %s, 'running', now() FROM generate_series(1, %s) RETURNING id",
             (job_id, begun),
         )
         return job_id, [id for (id,) in rows]
@@ -66,10 +66,7 @@ def test_the_history_shows_stops_and_releases_newest_first(db, service, make_job
     caller = '{"actor": "ann", "client": "192.0.2.1", "request_id": "r-1"}'
     service.execute("SELECT emergency_stop_job(%s, 'too many', caller => %s)", (job_id, caller))
     service.execute("SELECT release_job(%s, 'mended', 'pending')", (job_id,))
-    times = db.execute(
-        "SELECT to_char(stopped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
-        " FROM emergency_stops ORDER BY id"
-    )
+    times = db.execute("SELECT to_char(stopped_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"') FROM emergency_stops ORDER BY id")
     (stopped_at,), (released_at,) = times.fetchall()
 
     released, stopped = status_of(job_id)["history"]
@@ -212,9 +209,7 @@ def test_confirmations_of_a_first_stop_do_not_count_for_the_second(db, service, 
     assert [execution["id"] for execution in status_of(job_id)["confirmation"]["outstanding"]] == second
 
 
-def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(
-    db, service, make_worked_job, stop, status_of
-):
+def test_an_execution_that_is_gone_is_not_made_up_for_by_one_of_an_earlier_stop(db, service, make_worked_job, stop, status_of):
     job_id, _ = make_worked_job(3)
     stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'processing')", (job_id,))

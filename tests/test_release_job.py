@@ -4,6 +4,7 @@ import json
 
 import psycopg
 import pytest
+
 from conftest import in_thread, is_waiting, wait_until
 
 RELEASE = "SELECT release_job(%s, %s, %s)"
@@ -47,15 +48,13 @@ def test_it_is_on_record(db, service, make_job, stop):
     stop(job_id)
     service.execute("SELECT release_job(%s, 'mended', 'paused', '{\"actor\": \"ann\"}')", (job_id,))
 
-    columns = (
-        "action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, database_user"
-    )
+    columns = "action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, database_user"
     assert db.execute(f"SELECT {columns} FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (
         "release", job_id, "failed", "paused", 0, 0, "mended", {"actor": "ann"}, "beacon_service",
     )  # fmt: skip
-    assert db.execute(
-        "SELECT stopped_at = (SELECT updated_at FROM jobs) FROM emergency_stops ORDER BY id DESC LIMIT 1"
-    ).fetchone() == (True,)
+    assert db.execute("SELECT stopped_at = (SELECT updated_at FROM jobs) FROM emergency_stops ORDER BY id DESC LIMIT 1").fetchone() == (
+        True,
+    )
 
 
 def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
@@ -138,9 +137,7 @@ def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_
         service.execute(RELEASE, (job_id, "mended", "pending"))
 
 
-@pytest.mark.parametrize(
-    "hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"]
-)
+@pytest.mark.parametrize("hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"])
 def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, stop, connect, service, release, hold):
     job_id = make_job(running=1)
     stop(job_id)

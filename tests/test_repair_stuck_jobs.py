@@ -5,6 +5,7 @@ from typing import Any
 
 import psycopg
 import pytest
+
 from conftest import TOKEN, Client, age, in_thread, is_waiting, wait_until
 
 
@@ -46,9 +47,7 @@ def test_a_timed_out_job_is_republished_and_runs_again(db, make_job, repair):
     record = """
         SELECT job_id, previous_status, executions_stopped, attempt, database_user, changed_at
         FROM batch_changes WHERE operation = %s"""
-    assert db.execute(record, ("repair_stuck_jobs",)).fetchall() == [
-        (job_id, "failed", None, 1, "beacon_service", updated_at)
-    ]
+    assert db.execute(record, ("repair_stuck_jobs",)).fetchall() == [(job_id, "failed", None, 1, "beacon_service", updated_at)]
 
     db.execute("UPDATE jobs SET status = 'processing'")
     db.execute("INSERT INTO executions (job_id, status) VALUES (%s, 'running')", (job_id,))
@@ -58,9 +57,7 @@ def test_a_timed_out_job_is_republished_and_runs_again(db, make_job, repair):
 def test_only_jobs_that_failed_within_the_time_are_republished(db, make_job, stop, repair):
     failed = [make_job(f"failed-{number}", status="failed") for number in range(3)]
     late = make_job("late", status="failed")
-    others = [
-        make_job(status=status) for status in ("created", "pending", "processing", "completed", "cancelled", "odd")
-    ]
+    others = [make_job(status=status) for status in ("created", "pending", "processing", "completed", "cancelled", "odd")]
     stopped = [make_job(running=1), make_job(status="failed", running=1)]
     for job_id in stopped:
         stop(job_id)
@@ -121,9 +118,7 @@ def test_a_failed_job_with_active_executions_is_left_until_they_have_ended(db, m
 
 
 def test_each_job_is_counted_under_one_reason_only(db, make_job, stop, repair):
-    stopped, _, active = (
-        make_job(status="failed", metadata={"republish_count": 3 - number // 2}) for number in range(3)
-    )
+    stopped, _, active = (make_job(status="failed", metadata={"republish_count": 3 - number // 2}) for number in range(3))
     stop(stopped)
     db.execute("SET session_replication_role = replica")
     db.execute("INSERT INTO executions (job_id) SELECT id FROM jobs")
@@ -140,9 +135,7 @@ def test_the_first_to_fail_come_first_and_more_says_that_some_are_left(db, make_
     jobs = [make_job(status="failed") for _ in AGES]
     for job_id, minutes in zip(jobs, AGES, strict=True):
         age(db, minutes, job_id)
-    db.execute(
-        "UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3])
-    )
+    db.execute("UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3]))
     by_age = [jobs[number] for number in (3, 5, 1, 4, 0, 2)]
 
     assert (repair(max_jobs=0)["republished_count"], repair(max_jobs=0)["more"]) == (0, True)
@@ -166,9 +159,7 @@ def test_a_job_that_keeps_failing_is_republished_three_times(db, make_job, repai
         db.execute("UPDATE jobs SET status = 'failed', metadata = COALESCE(%s, metadata)", (overwritten,))
     assert attempts == [1, 2, 3]
     assert (answer["republished_count"], answer["skipped"]["attempts_exhausted"], answer["more"]) == (0, 1, False)
-    assert db.execute(
-        "SELECT array_agg(attempt ORDER BY id) FROM batch_changes WHERE job_id = %s", (job_id,)
-    ).fetchone() == ([1, 2, 3],)
+    assert db.execute("SELECT array_agg(attempt ORDER BY id) FROM batch_changes WHERE job_id = %s", (job_id,)).fetchone() == ([1, 2, 3],)
 
 
 @pytest.mark.parametrize(("count", "attempts"), [(2, [3]), (3, []), (4, []), (10**30, [])])
@@ -274,10 +265,7 @@ def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, serv
     assert service.execute(blockers, (job_id,)).fetchall() == [(batch.info.backend_pid,)]
     with in_thread(batch.execute, "SELECT pg_sleep(0.5)"):  # at work, which a stop in its place would not be named for
         wait_until(
-            lambda: (
-                db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone()
-                == ("active",)
-            )
+            lambda: db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone() == ("active",)
         )
         assert service.execute(blockers, (job_id,)).fetchall() == [(batch.info.backend_pid,)]
 
@@ -334,9 +322,7 @@ def test_the_route(client, make_job, db, capsys):
     answer = client("POST", "/admin/repair-stuck-jobs", **call)
     assert (answer.status, ids(answer.json)) == (200, [job_id])
     lines: list[dict[str, Any]] = []  # of the log, which no answer waits for
-    wait_until(
-        lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2
-    )
+    wait_until(lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2)
     assert [(line["event"], line["outcome"], line["jobs"]) for line in lines] == [
         ("repair_stuck_jobs", "completed", 0),
         ("repair_stuck_jobs", "completed", 1),

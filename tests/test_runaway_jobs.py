@@ -2,6 +2,7 @@
 
 import psycopg
 import pytest
+
 from conftest import change_function, wait_until
 
 READ = """
@@ -21,8 +22,7 @@ def add(db, job_id, count, minutes_ago=0, status="completed"):
     """Executions as they are after a while: the guard, which forbids nothing here, is left out for speed."""
     db.execute("SET session_replication_role = replica")
     db.execute(
-        "INSERT INTO executions (job_id, status, created_at) "
-        "SELECT %s, %s, now() - make_interval(mins => %s) FROM generate_series(1, %s)",
+        "INSERT INTO executions (job_id, status, created_at) SELECT %s, %s, now() - make_interval(mins => %s) FROM generate_series(1, %s)",
         (job_id, status, minutes_ago, count),
     )
     db.execute("RESET session_replication_role")

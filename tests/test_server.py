@@ -16,7 +16,9 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import beacon_stop
 import pytest
+
 from conftest import (
     ROOT,
     TOKEN,
@@ -31,8 +33,6 @@ from conftest import (
     wait_until,
 )
 from processes import accepts_connections, free_port
-
-import beacon_stop
 
 
 def connect_to(url: str) -> socket.socket:
@@ -177,12 +177,7 @@ def test_requests_on_one_connection_one_after_the_other_and_all_at_once(server):
         for _ in range(3):
             sock.sendall(LIVE + b"\r\n")
             assert read_answer(file).status == 200
-        sock.sendall(
-            (LIVE + b"\r\n") * 5
-            + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
-            + LIVE
-            + b"Connection: close\r\n\r\n"
-        )
+        sock.sendall((LIVE + b"\r\n") * 5 + b"HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE + b"Connection: close\r\n\r\n")
         for _ in range(5):
             assert read_answer(file).status == 200
         while file.readline().strip():  # of HEAD: headers only
@@ -340,10 +335,7 @@ def test_readers_of_large_lists_do_not_hold_up_a_stop(make_job, start_service, d
 
 def resident(pid: int, peak: bool = False) -> int:
     """Bytes of memory that a process has, or has had at most."""
-    return (
-        int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1])
-        * 1024
-    )
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
 
 
 def test_listing_200_000_executions_takes_little_memory(make_job, start_service, db):
@@ -421,9 +413,7 @@ def test_the_token_is_in_no_log_and_in_nothing_that_the_database_is_told(start_s
     wait_until(lambda: len(service.log) >= 5)
 
     assert TOKEN not in json.dumps(service.log)
-    told = db.execute(
-        "SELECT string_agg(a::text, ' ') FROM pg_stat_activity a WHERE usename = 'beacon_service'"
-    ).fetchone()[0]
+    told = db.execute("SELECT string_agg(a::text, ' ') FROM pg_stat_activity a WHERE usename = 'beacon_service'").fetchone()[0]
     assert "emergency_stop_job" in told and TOKEN not in told
     assert TOKEN not in db.execute("SELECT string_agg(s::text, ' ') FROM emergency_stops s").fetchone()[0]
 
@@ -522,9 +512,7 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service
             for _ in range(2_500):  # more than a pipe and the queue take together
                 sock.sendall(b"POST /admin/jobs/" + b"x" * 200 + b"/emergency-stop HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert read_answer(file).status in (403, 429)
-        answer = send(
-            url, "POST", f"/admin/jobs/{make_job(running=3)}/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN}
-        )
+        answer = send(url, "POST", f"/admin/jobs/{make_job(running=3)}/emergency-stop", b"{}", **{"X-Admin-Token": TOKEN})
         assert answer.json["executions_stopped"] == 3
     finally:
         process.terminate()

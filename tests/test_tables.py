@@ -2,12 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import beacon_stop
 import psycopg
 import pytest
+
 from conftest import age, readme_block, url_of
 from test_install import everything, install
-
-import beacon_stop
 
 
 @pytest.fixture
@@ -44,14 +44,9 @@ def test_existing_tables_keep_their_columns_and_rows(bare, bare_url):
     beacon_stop.init_db(bare_url)
     assert {"table jobs: found", "column jobs.updated_at: added", "column executions.output: added"} < set(said)
     assert bare.execute("SELECT id, tenant, status, metadata, created_at FROM jobs ORDER BY 1").fetchall() == before
-    assert (
-        bare.execute("SELECT id, job_id, status, worker, created_at FROM executions ORDER BY 1").fetchall()
-        == executions
-    )
+    assert bare.execute("SELECT id, job_id, status, worker, created_at FROM executions ORDER BY 1").fetchall() == executions
     assert bare.execute("SELECT count(*) FROM executions WHERE output IS NULL").fetchone() == (30,)
-    assert bare.execute("SELECT count(*) FROM jobs WHERE updated_at IS NULL").fetchone() == (3,), (
-        "nobody knows when they changed"
-    )
+    assert bare.execute("SELECT count(*) FROM jobs WHERE updated_at IS NULL").fetchone() == (3,), "nobody knows when they changed"
 
     stopped = bare.execute("SELECT emergency_stop_job('job-1')").fetchone()[0]
     assert (stopped["previous_status"], stopped["executions_stopped"]) == ("processing", 10)
@@ -99,17 +94,12 @@ def kind(request, bare, bare_url):
     """Tables with ids of each kind, in which a job has seven active executions and another job has one."""
     kind = KINDS[request.param]
     bare.execute(f"CREATE TABLE jobs (id {kind.job_type} PRIMARY KEY, status text)")
-    bare.execute(
-        f"CREATE TABLE executions (job_id {kind.job_id_type} REFERENCES jobs,"
-        f" id {kind.id_type} PRIMARY KEY, status text)"
-    )
+    bare.execute(f"CREATE TABLE executions (job_id {kind.job_id_type} REFERENCES jobs, id {kind.id_type} PRIMARY KEY, status text)")
     install(bare_url)
     for job in kind.jobs:
         bare.execute("INSERT INTO jobs (id, status) VALUES (%s, 'processing')", (str(job),))
     for id in reversed(kind.ids):
-        bare.execute(
-            "INSERT INTO executions (id, job_id, status) VALUES (%s, %s, 'running')", (str(id), str(kind.jobs[0]))
-        )
+        bare.execute("INSERT INTO executions (id, job_id, status) VALUES (%s, %s, 'running')", (str(id), str(kind.jobs[0])))
     return kind
 
 
@@ -169,9 +159,7 @@ def test_a_job_and_its_executions_listed_with_ids_of_each_type(bare, kind):
         page = bare.execute("SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job, after)).fetchall()
         assert [id for (id,) in page] == ids[place + 1 : place + 3]
     if kind.not_an_id is not None:
-        with pytest.raises(
-            psycopg.errors.InvalidParameterValue, match=r"^after is .*: expected the id of an execution, of type "
-        ):
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=r"^after is .*: expected the id of an execution, of type "):
             bare.execute("SELECT FROM list_executions(%s, after => %s)", (job, kind.not_an_id))
 
 
@@ -229,9 +217,7 @@ def test_the_functions_follow_a_type_that_has_changed(bare, bare_url):
     said, _ = install(bare_url)
     assert {"function to_job_id(text): dropped", "function to_execution_id(text): dropped"} < set(said)
     assert install(bare_url)[0][-2] == "columns, indexes, triggers: all there already"
-    bare.execute(
-        "INSERT INTO jobs (id, name) VALUES (5000000000, 'c'); UPDATE executions SET id = 5000000000 WHERE id = 1"
-    )
+    bare.execute("INSERT INTO jobs (id, name) VALUES (5000000000, 'c'); UPDATE executions SET id = 5000000000 WHERE id = 1")
     assert bare.execute("SELECT emergency_stop_job('5000000000')->>'previous_status'").fetchone() == ("pending",)
     bare.execute("SELECT emergency_stop_job('1')")
     assert bare.execute("SELECT confirm_stopped('{5000000000}')").fetchone() == (1,)
@@ -240,18 +226,13 @@ def test_the_functions_follow_a_type_that_has_changed(bare, bare_url):
 
 def test_columns_without_a_time_zone_are_shown_in_that_of_the_installation(bare, bare_url):
     """Version 1.0 took the session's: 9 hours off for a service whose role has Asia/Tokyo."""
-    bare.execute(
-        RUNNER
-        + "UPDATE jobs SET created_at = '2025-09-29 23:48:00'; UPDATE executions SET created_at = '2025-09-29 23:48:00'"
-    )
+    bare.execute(RUNNER + "UPDATE jobs SET created_at = '2025-09-29 23:48:00'; UPDATE executions SET created_at = '2025-09-29 23:48:00'")
 
     said, _ = install(bare_url, PGOPTIONS="-c TimeZone=UTC")
     assert "columns without a time zone are taken to be in UTC, the TimeZone of this session" in said
     bare.execute("SET timezone = 'Asia/Tokyo'")
     assert bare.execute("SELECT get_job('1')->'job'->>'created_at'").fetchone() == ("2025-09-29T23:48:00.000000Z",)
-    assert bare.execute("SELECT execution->>'created_at' FROM list_executions('1')").fetchone() == (
-        "2025-09-29T23:48:00.000000Z",
-    )
+    assert bare.execute("SELECT execution->>'created_at' FROM list_executions('1')").fetchone() == ("2025-09-29T23:48:00.000000Z",)
     bare.execute("SELECT emergency_stop_job('1')")
     late = "SELECT abs(extract(epoch FROM completed_at - now() AT TIME ZONE 'UTC')) < 60 FROM executions LIMIT 1"
     assert bare.execute(late).fetchone() == (True,)
@@ -285,9 +266,7 @@ def test_new_executions_take_the_type_of_the_jobs_that_are_there(bare, bare_url)
 def test_the_indexes_that_the_readme_makes_beforehand_are_those_that_are_needed(db, owner_url):
     made = "SELECT indexname, indexdef FROM pg_indexes WHERE indexname ~ '^(jobs|executions)_.*_idx$' ORDER BY 1"
     before = db.execute(made).fetchall()
-    statements = [
-        statement for statement in readme_block("sql", "CREATE INDEX CONCURRENTLY").split(";") if statement.strip()
-    ]
+    statements = [statement for statement in readme_block("sql", "CREATE INDEX CONCURRENTLY").split(";") if statement.strip()]
 
     for name, _ in before:
         db.execute(f"DROP INDEX {name}")
@@ -317,8 +296,7 @@ REFUSED = {
         f"column executions.id has type numeric: {ANY_ID} or smallint",
     ),
     "job ids that do not compare": (
-        "CREATE TABLE jobs (id uuid PRIMARY KEY, status text);"
-        "CREATE TABLE executions (id bigint, job_id text, status text)",
+        "CREATE TABLE jobs (id uuid PRIMARY KEY, status text);CREATE TABLE executions (id bigint, job_id text, status text)",
         "column executions.job_id has type text: expected one that compares with jobs.id, which has type uuid",
     ),
     "executions alone whose job ids do not compare": (
@@ -326,8 +304,7 @@ REFUSED = {
         "column executions.job_id has type bigint: expected one that compares with jobs.id, which has type text",
     ),
     "two collations of job ids": (
-        'CREATE TABLE jobs (id text COLLATE "C" PRIMARY KEY, status text);'
-        "CREATE TABLE executions (id bigint, job_id text, status text)",
+        'CREATE TABLE jobs (id text COLLATE "C" PRIMARY KEY, status text);CREATE TABLE executions (id bigint, job_id text, status text)',
         'column executions.job_id has the collation "default": expected that of jobs.id, "C"',
     ),
     "executions alone in another collation": (
@@ -434,9 +411,7 @@ def test_a_status_that_just_works_is_taken(bare, bare_url, status):
     assert bare.execute("SELECT emergency_stop_job('a')").fetchone()[0]["executions_stopped"] == 1
 
 
-STOP = (
-    "INSERT INTO emergency_stops (job_id, previous_status, stopped_at, executions_stopped{}) VALUES ('a', 'b', now(), "
-)
+STOP = "INSERT INTO emergency_stops (job_id, previous_status, stopped_at, executions_stopped{}) VALUES ('a', 'b', now(), "
 CHANGE = "INSERT INTO batch_changes (operation, job_id, previous_status, changed_at, {}) VALUES ("
 BOUNDS = {
     "INSERT INTO jobs (id) VALUES (repeat('x', {}))": (["1", "255"], ["0", "256"]),

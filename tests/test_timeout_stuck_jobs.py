@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import TOKEN, Client, age, change_function, count_active, in_thread, is_waiting, url_of, wait_until
 
-import beacon_stop
+from conftest import TOKEN, Client, age, change_function, count_active, in_thread, is_waiting, url_of, wait_until
 
 REFUSED = psycopg.errors.ObjectNotInPrerequisiteState
 
@@ -33,9 +33,7 @@ def ids(answer: dict[str, Any]) -> list[str]:
 
 
 def sleeps(db: psycopg.Connection, session: psycopg.Connection) -> bool:
-    return db.execute(
-        "SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)
-    ).fetchone()[0]
+    return db.execute("SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = %s", (session.info.backend_pid,)).fetchone()[0]
 
 
 def test_fails_the_job_and_its_active_executions_and_nothing_else(db, make_job, time_out):
@@ -65,9 +63,7 @@ def test_fails_the_job_and_its_active_executions_and_nothing_else(db, make_job, 
     record = """
         SELECT operation, job_id, previous_status, executions_stopped, attempt, database_user, changed_at
         FROM batch_changes"""
-    assert db.execute(record).fetchall() == [
-        ("timeout_stuck_jobs", job_id, "processing", 6, None, "beacon_service", updated_at)
-    ]
+    assert db.execute(record).fetchall() == [("timeout_stuck_jobs", job_id, "processing", 6, None, "beacon_service", updated_at)]
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (0,)
 
 
@@ -78,10 +74,7 @@ def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, st
     ended = [make_job(status=status, running=1) for status in ("completed", "failed", "cancelled")]
     stopped = make_job("stopped", running=1)
     stop(stopped)
-    progressing = [
-        make_job(f"{name}-lately", running=2, completed=1)
-        for name in ("updated", "added", "started", "completed", "born")
-    ]
+    progressing = [make_job(f"{name}-lately", running=2, completed=1) for name in ("updated", "added", "started", "completed", "born")]
     old = [*stuck, *ended, *progressing]
     age(db, 16, *old)
     db.execute("UPDATE jobs SET updated_at = now() - interval '14 minutes' WHERE id = 'updated-lately'")
@@ -89,12 +82,8 @@ def test_only_stuck_jobs_are_timed_out_and_the_second_time_none(db, make_job, st
     db.execute("INSERT INTO executions (job_id, status) VALUES ('added-lately', 'pending')")
     first = "(SELECT min(id) FROM executions WHERE job_id = %s)"
     db.execute(f"UPDATE executions SET started_at = now() WHERE id = {first}", ("started-lately",))
-    db.execute(
-        f"UPDATE executions SET status = 'completed', completed_at = now() WHERE id = {first}", ("completed-lately",)
-    )
-    kept = (
-        "SELECT * FROM jobs j LEFT JOIN executions e ON e.job_id = j.id WHERE NOT j.id = ANY (%s) ORDER BY j.id, e.id"
-    )
+    db.execute(f"UPDATE executions SET status = 'completed', completed_at = now() WHERE id = {first}", ("completed-lately",))
+    kept = "SELECT * FROM jobs j LEFT JOIN executions e ON e.job_id = j.id WHERE NOT j.id = ANY (%s) ORDER BY j.id, e.id"
     before = db.execute(kept, (stuck,)).fetchall()
 
     answer = time_out()
@@ -176,9 +165,7 @@ def test_the_oldest_come_first_and_more_says_that_some_are_left(db, make_job, ti
         db.execute("BEGIN")
         age(db, minutes, job_id)
         db.execute("COMMIT")
-    db.execute(
-        "UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3])
-    )
+    db.execute("UPDATE jobs SET updated_at = (SELECT updated_at FROM jobs WHERE id = %s) WHERE id = %s", (jobs[5], jobs[3]))
     by_age = [jobs[number] for number in (3, 5, 1, 4, 0, 2)]
 
     assert (time_out(max_jobs=0)["timed_out_count"], time_out(max_jobs=0)["more"]) == (0, True)
@@ -258,9 +245,7 @@ def test_what_is_acknowledged_is_flushed(service, db, make_job, changed, asynchr
 @pytest.mark.parametrize("function", ["timeout_stuck_jobs", "repair_stuck_jobs"])
 def test_a_read_only_transaction_is_refused(shared_service, function):
     """Also with nothing to do: on a standby, jobs may not yet be what they are on the primary."""
-    with pytest.raises(
-        psycopg.errors.ReadOnlySqlTransaction, match=f"{function} cannot run in a read-only transaction"
-    ):
+    with pytest.raises(psycopg.errors.ReadOnlySqlTransaction, match=f"{function} cannot run in a read-only transaction"):
         shared_service.execute(f"BEGIN READ ONLY; SELECT {function}()")
     shared_service.rollback()
 
@@ -403,9 +388,7 @@ def test_batches_keep_no_connection_from_stops(make_app, connect, db, make_job, 
     connect(autocommit=False).execute("LOCK TABLE batch_changes")
 
     with ThreadPoolExecutor(4) as callers:
-        batches = [
-            callers.submit(client, "POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN) for _ in range(4)
-        ]
+        batches = [callers.submit(client, "POST", "/admin/timeout-stuck-jobs", HTTP_X_ADMIN_TOKEN=TOKEN) for _ in range(4)]
         wait_until(lambda: db.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (1,))
         assert client.stop(job_id).json["action"] == "none"
         assert not any(call.done() for call in batches)
@@ -423,9 +406,7 @@ def test_a_job_without_any_time_is_not_stuck(db, make_job, time_out):
     age(db, 20, "no time of executions", *known)
     db.execute("UPDATE jobs SET created_at = NULL WHERE id IN ('no time', 'no creation')")
     db.execute("UPDATE jobs SET updated_at = NULL WHERE id IN ('no time', 'no update')")
-    db.execute(
-        "UPDATE executions SET created_at = NULL WHERE job_id IN ('no time', 'no time of executions', 'no update')"
-    )
+    db.execute("UPDATE executions SET created_at = NULL WHERE job_id IN ('no time', 'no time of executions', 'no update')")
 
     assert sorted(ids(time_out())) == sorted(known)
 
@@ -441,8 +422,7 @@ def test_columns_without_a_time_zone_mean_the_installers(bare_database, server_u
         beacon_stop.init_db(url_of(bare_database, server_url))
         db.execute("INSERT INTO jobs (id) VALUES ('live'), ('stuck'), ('failed')")
         db.execute(
-            "UPDATE jobs SET created_at = now() - interval '20 minutes', updated_at = now() - interval '20 minutes'"
-            " WHERE id = 'stuck'"
+            "UPDATE jobs SET created_at = now() - interval '20 minutes', updated_at = now() - interval '20 minutes' WHERE id = 'stuck'"
         )
         db.execute("UPDATE jobs SET status = 'failed', updated_at = now() - interval '2 hours' WHERE id = 'failed'")
 
@@ -490,9 +470,7 @@ def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
         assert {job["attempt"] for job in answer["republished_jobs"]} == {1}
         heard = [json.loads(notification.payload)["job_id"] for notification in db.notifies(timeout=5, stop_after=2)]
         assert sorted(heard) == sorted((first, second))
-        assert db.execute("SELECT array_agg(DISTINCT job_id ORDER BY job_id) FROM batch_changes").fetchone() == (
-            sorted((first, second)),
-        )
+        assert db.execute("SELECT array_agg(DISTINCT job_id ORDER BY job_id) FROM batch_changes").fetchone() == (sorted((first, second)),)
         db.execute("UPDATE jobs SET status = 'failed', metadata = NULL")
         for attempt in (2, 3):
             (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
@@ -501,10 +479,7 @@ def test_both_batches_with_ids_of_each_type(bare_database, server_url, type):
         assert db.execute("SELECT emergency_stop_job(%s)", (first,)).fetchone()[0]["action"] == "none"
         (answer,) = db.execute("SELECT repair_stuck_jobs()").fetchone()
         assert answer["skipped"] == {"emergency_stopped": 1, "attempts_exhausted": 1, "active": 0}
-        db.execute(
-            "UPDATE jobs SET status = 'processing', updated_at = created_at;"
-            " UPDATE executions SET completed_at = created_at"
-        )
+        db.execute("UPDATE jobs SET status = 'processing', updated_at = created_at; UPDATE executions SET completed_at = created_at")
         db.execute("UPDATE jobs SET created_at = now() WHERE id = %s", (first,))
         assert ids(db.execute("SELECT timeout_stuck_jobs()").fetchone()[0]) == [second]
 
@@ -564,9 +539,7 @@ TRIGGERS = {
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("trigger", TRIGGERS)
-def test_what_triggers_of_the_application_start_is_failed_as_well_or_nothing_is(
-    db, make_job, time_out, trigger, deferred
-):
+def test_what_triggers_of_the_application_start_is_failed_as_well_or_nothing_is(db, make_job, time_out, trigger, deferred):
     """Version 1.0 left those executions active, in a job that had failed."""
     job_id, other = make_job(running=2), make_job()
     age(db, 30, job_id, other)
@@ -627,16 +600,9 @@ def test_a_stop_that_waits_for_a_batch_is_told_of_it(connect, db, make_job, serv
     with in_thread(lambda: stopper.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
         wait_until(lambda: is_waiting(db, stopper))
         blockers = service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
-        with in_thread(
-            batch.execute, "SELECT pg_sleep(0.5)"
-        ):  # at work, which a stop in its place would not be named for
+        with in_thread(batch.execute, "SELECT pg_sleep(0.5)"):  # at work, which a stop in its place would not be named for
             wait_until(
-                lambda: (
-                    db.execute(
-                        "SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)
-                    ).fetchone()
-                    == ("active",)
-                )
+                lambda: db.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (batch.info.backend_pid,)).fetchone() == ("active",)
             )
             blockers += service.execute("SELECT pid FROM emergency_stop_blockers(%s)", (job_id,)).fetchall()
         batch.rollback()
@@ -654,20 +620,12 @@ def test_it_reads_stuck_jobs_and_not_the_tables(connect, db, make_job):
     db.execute("ANALYZE executions")
     stuck = [make_job(running=2) for _ in range(100)]
     db.execute("SET session_replication_role = replica")
-    db.execute(
-        "INSERT INTO executions (job_id, status)"
-        " SELECT 'job-' || n % 100 + 1, 'completed' FROM generate_series(1, 5000) n"
-    )
+    db.execute("INSERT INTO executions (job_id, status) SELECT 'job-' || n % 100 + 1, 'completed' FROM generate_series(1, 5000) n")
     age(db, 20, *stuck)
     db.execute("INSERT INTO jobs (id, status) SELECT 'ended-' || n, 'completed' FROM generate_series(1, 20000) n")
     db.execute("INSERT INTO jobs (id, status) SELECT 'live-' || n, 'processing' FROM generate_series(1, 1000) n")
-    db.execute(
-        "INSERT INTO executions (job_id, status)"
-        " SELECT 'live-' || n % 1000 + 1, 'running' FROM generate_series(1, 10000) n"
-    )
-    db.execute(
-        "UPDATE jobs SET updated_at = now() - interval '1 hour', created_at = updated_at WHERE id NOT LIKE 'job-%'"
-    )
+    db.execute("INSERT INTO executions (job_id, status) SELECT 'live-' || n % 1000 + 1, 'running' FROM generate_series(1, 10000) n")
+    db.execute("UPDATE jobs SET updated_at = now() - interval '1 hour', created_at = updated_at WHERE id NOT LIKE 'job-%'")
     db.execute("INSERT INTO jobs (id, status) SELECT 'young-' || n, 'processing' FROM generate_series(1, 3000) n")
     db.execute("ANALYZE jobs")
     reads = """
@@ -707,13 +665,9 @@ def test_the_route(client, db, make_job, capsys):
     assert (answer.status, answer.json["timed_out_count"], answer.json["timeout_threshold_minutes"]) == (200, 0, 17)
     answer = client("POST", "/admin/timeout-stuck-jobs", b"{}", **call)
     assert (answer.status, answer.json["timeout_threshold_minutes"]) == (200, 15)
-    assert answer.json["timed_out_jobs"] == [
-        {"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}
-    ]
+    assert answer.json["timed_out_jobs"] == [{"job_id": job_id, "previous_status": "processing", "executions_stopped": 3}]
     lines: list[dict[str, Any]] = []  # of the log, which no answer waits for
-    wait_until(
-        lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2
-    )
+    wait_until(lambda: lines.extend(json.loads(line) for line in capsys.readouterr().err.splitlines()) or len(lines) >= 2)
     assert [(line["event"], line["outcome"], line["jobs"], line["executions_stopped"] or 0) for line in lines] == [
         ("timeout_stuck_jobs", "completed", 0, 0),
         ("timeout_stuck_jobs", "completed", 1, 3),
@@ -727,9 +681,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("path", ROUTES)
-@pytest.mark.parametrize(
-    "value", ["0", "-1", "1.5", "", "x", "+5", "5 ", "1e3", "525601", "9" * 30, "15&{}=15", "\u0661"]
-)
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "", "x", "+5", "5 ", "1e3", "525601", "9" * 30, "15&{}=15", "\u0661"])
 def test_query_values_that_cannot_be_used(shared_client, path, value):
     name, highest = ROUTES[path]
     query = f"{name}={value.format(name)}".encode().decode("latin-1")
@@ -752,9 +704,7 @@ def test_the_routes_are_guarded_like_the_stop(shared_client, make_app, path):
         405,
         "POST",
     )
-    assert shared_client("POST", path, b"[]", **token).json == {
-        "error": "body is not a JSON object: expected one such as {} or no body"
-    }
+    assert shared_client("POST", path, b"[]", **token).json == {"error": "body is not a JSON object: expected one such as {} or no body"}
     assert shared_client("POST", path, b"{}", query=f"{ROUTES[path][0]}={ROUTES[path][1]}", **token).status == 200
 
 

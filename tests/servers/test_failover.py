@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
+
 from conftest import SERVICE_PASSWORD, TOKEN, Client, Service, create_service_role, new_folder, wait_until
 from processes import Cluster, suspended
-
-import beacon_stop
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,7 @@ def prepared() -> Iterator[Path]:
         try:
             primary.create(wal_retrieve_retry_interval="100ms").start()
             beacon_stop.init_db(primary.url)
-            create_service_role(
-                host="127.0.0.1", port=primary.port, user="postgres", dbname="postgres", autocommit=True
-            )
+            create_service_role(host="127.0.0.1", port=primary.port, user="postgres", dbname="postgres", autocommit=True)
             standby.copy_from(primary).start()
         finally:
             primary.stop()
@@ -49,9 +47,7 @@ def pair(prepared: Path, folder: Path) -> Iterator[tuple[Cluster, Cluster]]:
         primary.start()
         standby.start()
         with psycopg.connect(primary.url, autocommit=True) as db:
-            wait_until(
-                lambda: db.execute("SELECT sync_state = 'sync' FROM pg_stat_replication").fetchone() == (True,), 30
-            )
+            wait_until(lambda: db.execute("SELECT sync_state = 'sync' FROM pg_stat_replication").fetchone() == (True,), 30)
         yield primary, standby
     finally:
         for cluster in (primary, standby):
@@ -138,17 +134,13 @@ class Operators:
 
 
 @pytest.mark.parametrize("synchronous_commit", ["on", "local", "off"])
-def test_no_acknowledged_stop_is_lost_when_the_primary_is_killed_and_its_standby_takes_over(
-    pair, start_service, synchronous_commit
-):
+def test_no_acknowledged_stop_is_lost_when_the_primary_is_killed_and_its_standby_takes_over(pair, start_service, synchronous_commit):
     """The standby is cut off a moment before the end: what is acknowledged without it then is lost for certain."""
     primary, standby = pair
     with psycopg.connect(primary.url, autocommit=True) as db:
         db.execute(f"ALTER DATABASE postgres SET synchronous_commit = {synchronous_commit}")
         jobs = add_jobs(primary, 400)
-        wait_until(
-            lambda: db.execute("SELECT replay_lsn >= pg_current_wal_lsn() FROM pg_stat_replication").fetchone()[0]
-        )
+        wait_until(lambda: db.execute("SELECT replay_lsn >= pg_current_wal_lsn() FROM pg_stat_replication").fetchone()[0])
     service = start_service(IMPATIENT, DATABASE_URL=url_of(primary, standby))
     assert service("GET", "/health/ready").status == 200
     operators = Operators(service, jobs)
@@ -268,15 +260,11 @@ def sessions_waiting_for_the_standby(db: psycopg.Connection) -> list[int]:
     return [pid for (pid,) in db.execute("SELECT pid FROM pg_stat_activity WHERE wait_event = 'SyncRep'").fetchall()]
 
 
-def test_a_stop_that_the_standby_does_not_confirm_is_not_acknowledged_and_its_caller_not_kept_for_ever(
-    pair, start_service
-):
+def test_a_stop_that_the_standby_does_not_confirm_is_not_acknowledged_and_its_caller_not_kept_for_ever(pair, start_service):
     """PostgreSQL's statement timeout does not bound the wait of a commit."""
     primary, standby = pair
     add_jobs(primary, 1)
-    service = start_service(
-        IMPATIENT, DATABASE_URL=url_of(primary, standby), BEACON_STATEMENT_TIMEOUT="1s", BEACON_LOCK_TIMEOUT="300ms"
-    )
+    service = start_service(IMPATIENT, DATABASE_URL=url_of(primary, standby), BEACON_STATEMENT_TIMEOUT="1s", BEACON_LOCK_TIMEOUT="300ms")
     with suspended(sender(primary)):
         answer = service.stop("job-0")
         assert (answer.status, answer.json["error"]) == (
@@ -289,9 +277,7 @@ def test_a_stop_that_the_standby_does_not_confirm_is_not_acknowledged_and_its_ca
     assert stopped_jobs(primary) == {"job-0"}
 
 
-def test_a_stop_whose_wait_for_the_standby_was_cut_short_is_acknowledged_only_when_the_standby_has_it(
-    pair, start_service
-):
+def test_a_stop_whose_wait_for_the_standby_was_cut_short_is_acknowledged_only_when_the_standby_has_it(pair, start_service):
     """Its job is seen to be stopped on the primary, which a second call must not take for enough."""
     primary, standby = pair
     add_jobs(primary, 1)
@@ -314,21 +300,13 @@ def test_a_stop_whose_wait_for_the_standby_was_cut_short_is_acknowledged_only_wh
 def test_readers_on_a_standby_and_stops_on_the_primary(pair, start_service):
     primary, standby = pair
     with psycopg.connect(primary.url, autocommit=True) as db:
-        db.execute(
-            "ALTER SYSTEM SET synchronous_standby_names = ''"
-        )  # or stops would wait for the standby that is to go
+        db.execute("ALTER SYSTEM SET synchronous_standby_names = ''")  # or stops would wait for the standby that is to go
         db.execute("SELECT pg_reload_conf()")
         add_jobs(primary, 3)
-        wait_until(
-            lambda: db.execute("SELECT replay_lsn >= pg_current_wal_lsn() FROM pg_stat_replication").fetchone()[0]
-        )
+        wait_until(lambda: db.execute("SELECT replay_lsn >= pg_current_wal_lsn() FROM pg_stat_replication").fetchone()[0])
     settings = {"DATABASE_URL": url_of(primary), "BEACON_ADMIN_POOL": "1"}
-    strict = start_service(
-        IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(standby, target_session_attrs="standby")
-    )
-    lenient = start_service(
-        IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(primary, standby, target_session_attrs="prefer-standby")
-    )
+    strict = start_service(IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(standby, target_session_attrs="standby"))
+    lenient = start_service(IMPATIENT, **settings, BEACON_READ_DATABASE_URL=url_of(primary, standby, target_session_attrs="prefer-standby"))
 
     with psycopg.connect(standby.url, autocommit=True) as replica:
         replica.execute("SELECT pg_wal_replay_pause()")

@@ -10,9 +10,10 @@ from urllib.parse import quote
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
 from conftest import SERVICE_PASSWORD, Client, Service, count_active, slow_down_stops, wait_until
 from processes import Running, accepts_connections, free_port, running, unprivileged
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 DEFAULTS = {"lock_timeout": "0", "statement_timeout": "0", "default_transaction_isolation": "read committed"}
 
@@ -26,9 +27,7 @@ class Pooler:
         self.server_url = server_url
         self.folder = folder
         self.config = folder / "pgbouncer.ini"
-        (folder / "users").write_text(
-            f'"{parts["user"]}" "{parts.get("password", "")}"\n"beacon_service" "{SERVICE_PASSWORD}"\n'
-        )
+        (folder / "users").write_text(f'"{parts["user"]}" "{parts.get("password", "")}"\n"beacon_service" "{SERVICE_PASSWORD}"\n')
         self.config.write_text(
             f"[databases]\n* = host={parts['host']} port={parts.get('port', 5432)}\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
@@ -37,9 +36,7 @@ class Pooler:
         )
         self.options = unprivileged()
         if self.options:
-            if (
-                socket := Path(parts["host"], f".s.PGSQL.{parts.get('port', 5432)}")
-            ).exists():  # only its owner gets there
+            if (socket := Path(parts["host"], f".s.PGSQL.{parts.get('port', 5432)}")).exists():  # only its owner gets there
                 self.options |= {"user": socket.owner(), "group": socket.group()}
             for path in (folder, *folder.iterdir()):
                 shutil.chown(path, self.options["user"], self.options["group"])
@@ -51,9 +48,7 @@ class Pooler:
     @contextmanager
     def running(self) -> Iterator[Running]:
         command = ["/usr/sbin/pgbouncer", self.config]
-        with running(
-            command, self.folder / "pgbouncer.log", lambda: accepts_connections(self.port), **self.options
-        ) as server:
+        with running(command, self.folder / "pgbouncer.log", lambda: accepts_connections(self.port), **self.options) as server:
             yield server
 
 
@@ -76,9 +71,7 @@ def start_pooled(start_service, pooled_url) -> Callable[..., Service]:
 def outcomes(service: Service) -> set[str]:
     """What the log says became of the calls; anything else in it is shown whole."""
     return {
-        line["outcome"] if line["event"] == "emergency_stop" else json.dumps(line)
-        for line in service.log
-        if line["event"] != "serving"
+        line["outcome"] if line["event"] == "emergency_stop" else json.dumps(line) for line in service.log if line["event"] != "serving"
     }
 
 
@@ -106,9 +99,7 @@ def test_80_stops_over_3_server_connections(db, make_job, start_pooled, pooled_u
     query = "SELECT application_name FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
     assert ("beacon-stop admin",) in db.execute(query).fetchall()
     with each_server_connection(pooled_url) as clients:
-        query = (
-            "SELECT count(*) FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
-        )
+        query = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname = current_database()"
         assert db.execute(query).fetchone()[0] == 3
         for client in clients:
             assert {name: client.execute(f"SHOW {name}").fetchone()[0] for name in DEFAULTS} == DEFAULTS
@@ -161,9 +152,7 @@ def test_four_locked_jobs_at_once(make_job, hold, pooler, start_pooled, pooled_u
     with psycopg.connect(pooled_url, prepare_threshold=None) as in_the_services_pool:
         in_the_services_pool.execute("SELECT 1")
         with ThreadPoolExecutor(4) as executor:
-            answers = list(
-                executor.map(service.stop, jobs, [b'{"force": true}' if n in forced else b"{}" for n in range(4)])
-            )
+            answers = list(executor.map(service.stop, jobs, [b'{"force": true}' if n in forced else b"{}" for n in range(4)]))
 
         for n, (answer, holder) in enumerate(zip(answers, holders, strict=True)):
             if n in forced:
@@ -175,9 +164,7 @@ def test_four_locked_jobs_at_once(make_job, hold, pooler, start_pooled, pooled_u
         in_the_services_pool.execute("SELECT 1")
 
 
-def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(
-    db, make_job, hold, start_pooled, pooled_url, owner_url
-):
+def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(db, make_job, hold, start_pooled, pooled_url, owner_url):
     service = start_pooled(BEACON_LOCK_TIMEOUT="300ms", BEACON_ADMIN_POOL="8")
     jobs = [make_job(running=3) for _ in range(8)]
     holders = [hold(owner_url, job) for job in jobs]
@@ -186,9 +173,7 @@ def test_two_sessions_of_the_pooler_are_enough_for_any_number_of_locked_jobs(
         with ThreadPoolExecutor(16) as executor:
             answers = list(executor.map(service.stop, jobs * 2))
 
-    assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [
-        [holder.pid] for holder in holders
-    ] * 2
+    assert [[one["pid"] for one in answer.json["blocked_by"]] for answer in answers] == [[holder.pid] for holder in holders] * 2
 
 
 @pytest.mark.parametrize("standard", ["on", "off"])
@@ -208,10 +193,7 @@ def test_any_characters_pass(db, make_job, start_pooled, standard):
         answer = service.stop(make_job(id, running=1), json.dumps({"reason": id}).encode())
         assert (answer.status, answer.json.get("job_id"), answer.json.get("reason")) == (200, id, id)
         assert service("GET", f"/api/v1/jobs/{quote(id, safe='')}").json["job"]["metadata"]["reason"] == id
-        assert (
-            len(service("GET", f"/api/v1/executions?job_id={quote(id)}&status={quote('failed')}").json["executions"])
-            == 1
-        )
+        assert len(service("GET", f"/api/v1/executions?job_id={quote(id)}&status={quote('failed')}").json["executions"]) == 1
 
 
 def test_timeouts_are_honoured(db, make_job, start_pooled):

@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
+
 from conftest import (
     ROOT,
     SERVICE_PASSWORD,
@@ -26,9 +29,6 @@ from conftest import (
     wait_until,
 )
 from processes import Cluster, suspended
-from psycopg.conninfo import make_conninfo
-
-import beacon_stop
 
 PARTITIONS = 4
 NOT_ON_THE_FRONT = "confirm_stopped"  # the ids of executions belong to a shard
@@ -42,9 +42,7 @@ class Shards:
         self.front_url = make_conninfo(url, dbname="front", user="beacon_service", password=SERVICE_PASSWORD)
         self.front = psycopg.connect(make_conninfo(url, dbname="front"), autocommit=True)
         self.service = psycopg.connect(self.front_url, autocommit=True, options="-c statement_timeout=20s")
-        self.shards = [
-            psycopg.connect(make_conninfo(url, dbname=f"shard{number}"), autocommit=True) for number in range(2)
-        ]
+        self.shards = [psycopg.connect(make_conninfo(url, dbname=f"shard{number}"), autocommit=True) for number in range(2)]
 
     def partition_of(self, job_id: str) -> int:
         return self.front.execute("SELECT hashtext(%s) & %s", (job_id, PARTITIONS - 1)).fetchone()[0]
@@ -97,9 +95,7 @@ def shards(cluster: Cluster) -> Iterator[Shards]:
         create_service_role(conninfo=make_conninfo(cluster.url, dbname=name), autocommit=True)
     setup = readme_block("sql", "CREATE EXTENSION plproxy").replace("choose-one", SERVICE_PASSWORD)
     for number in range(2):
-        setup = setup.replace(
-            f"host=shard{number}.example dbname=app", f"host=127.0.0.1 port={cluster.port} dbname=shard{number}"
-        )
+        setup = setup.replace(f"host=shard{number}.example dbname=app", f"host=127.0.0.1 port={cluster.port} dbname=shard{number}")
     with psycopg.connect(make_conninfo(cluster.url, dbname="front"), autocommit=True) as front:
         front.execute(setup)
         for _ in range(2):  # like the other files, it can be loaded again
@@ -171,8 +167,7 @@ def test_the_router_takes_the_place_of_the_one_of_version_1(shards, cluster):
         ):
             front.execute(f"DROP FUNCTION IF EXISTS {name}")
             front.execute(
-                f"CREATE FUNCTION {name}({arguments}) RETURNS {result}"
-                " LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$"
+                f"CREATE FUNCTION {name}({arguments}) RETURNS {result} LANGUAGE plproxy AS $$ CLUSTER 'beacon_stop'; RUN ON 0; $$"
             )
         front.execute("DROP FUNCTION emergency_stop_blockers")
         front.execute("""
@@ -204,9 +199,7 @@ def test_installers_of_the_router_take_turns(shards, cluster):
             first.rollback()
 
 
-@pytest.mark.parametrize(
-    ("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")]
-)
+@pytest.mark.parametrize(("setup", "sqlstate"), [("CREATE TABLE jobs ()", "42P07"), ("DROP SERVER beacon_stop CASCADE", "42704")])
 def test_the_router_does_not_go_where_it_does_not_belong(shards, setup, sqlstate):
     shards.front.execute(setup)
     before = shards.front.execute("SELECT count(*) FROM pg_proc").fetchone()
@@ -228,9 +221,7 @@ def test_each_function_about_one_job_runs_on_its_shard(shards):
     for job_id in jobs:
         assert shards.call("emergency_stop_dry_run(%s)", job_id)["executions_stopped"] == 3
         assert shards.call("emergency_stop_status(%s)", job_id)["active"]["running"] == 3
-        answer = shards.call(
-            "emergency_stop_job(%s, %s, caller => %s)", job_id, "it's \\ 100 %", '{"actor": "ann", "client": null}'
-        )
+        answer = shards.call("emergency_stop_job(%s, %s, caller => %s)", job_id, "it's \\ 100 %", '{"actor": "ann", "client": null}')
         assert list(answer) == [
             "ok",
             "message",
@@ -243,25 +234,18 @@ def test_each_function_about_one_job_runs_on_its_shard(shards):
         ]
         assert (answer["executions_stopped"], answer["reason"]) == (3, "it's \\ 100 %")
         assert shards.call("get_job(%s)", job_id)["job"]["metadata"]["reason"] == "it's \\ 100 %"
-        assert shards.of(job_id).execute(
-            "SELECT caller FROM emergency_stops WHERE job_id = %s", (job_id,)
-        ).fetchall() == [({"actor": "ann", "client": None},)]
-        assert shards.other(job_id).execute(
-            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
-        ).fetchone() == (0,)
+        assert shards.of(job_id).execute("SELECT caller FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchall() == [
+            ({"actor": "ann", "client": None},)
+        ]
+        assert shards.other(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (0,)
         status = shards.call("emergency_stop_status(%s)", job_id)
         assert (status["stopped"], status["history"][0]["actor"]) == (True, "ann")
         listed = shards.service.execute("SELECT id, execution FROM list_executions(%s)", (job_id,)).fetchall()
         assert [id for id, _ in listed] == [str(execution["id"]) for _, execution in listed]
         assert len(listed) == 4
-        after = shards.service.execute(
-            "SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job_id, listed[0][0])
-        ).fetchall()
+        after = shards.service.execute("SELECT id FROM list_executions(%s, after => %s, max_rows => 2)", (job_id, listed[0][0])).fetchall()
         assert after == [(listed[1][0],), (listed[2][0],)]
-        assert (
-            shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"]
-            == "pending"
-        )
+        assert shards.call("release_job(%s, 'all clear', 'pending', %s)", job_id, '{"actor": "bob"}')["new_status"] == "pending"
         assert shards.call("emergency_stop_status(%s)", job_id)["history"][0]["actor"] == "bob"
         assert shards.call("release_job(%s, 'all clear', 'pending')", job_id)["error"] == "job is not stopped"
     for function in ("emergency_stop_job", "emergency_stop_dry_run", "emergency_stop_status", "get_job"):
@@ -293,12 +277,8 @@ def test_a_locked_job_is_said_to_be_with_all_who_hold_it_and_force_ends_those(sh
         }  # fmt: skip
         assert locked.value.diag.message_hint.startswith("Others have held it for")
         assert "force => true" in locked.value.diag.message_hint
-        blockers = shards.service.execute(
-            "SELECT pid, application_name, transaction_seconds > 0.3 FROM emergency_stop_blockers('job')"
-        )
-        assert sorted(blockers.fetchall()) == sorted(
-            [(holder.info.backend_pid, "holder", True), (other.info.backend_pid, "other", True)]
-        )
+        blockers = shards.service.execute("SELECT pid, application_name, transaction_seconds > 0.3 FROM emergency_stop_blockers('job')")
+        assert sorted(blockers.fetchall()) == sorted([(holder.info.backend_pid, "holder", True), (other.info.backend_pid, "other", True)])
         with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked"):
             shards.call("emergency_stop_dry_run(%s)", job_id)
         answer = shards.call("emergency_stop_job(%s, force => true)", job_id)
@@ -317,9 +297,7 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
         holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (jobs[2],))
 
         pid = holder.info.backend_pid
-        answers = shards.service.execute(
-            "SELECT * FROM emergency_stop_jobs(%s, 'incident 7', %s)", (ids, callers)
-        ).fetchall()
+        answers = shards.service.execute("SELECT * FROM emergency_stop_jobs(%s, 'incident 7', %s)", (ids, callers)).fetchall()
     assert [id for id, _ in answers] == [summary["job_id"] for _, summary in answers] == ids
     for job_id, summary in answers:
         if job_id == "nix":
@@ -331,9 +309,7 @@ def test_several_jobs_are_stopped_each_on_its_shard_and_answered_in_order(shards
             assert (summary["executions_stopped"], summary["reason"]) == (2, "incident 7")
             caller = "SELECT caller FROM emergency_stops WHERE job_id = %s"
             assert shards.of(job_id).execute(caller, (job_id,)).fetchone() == ({"actor": f"for {job_id}"},)
-    one = shards.service.execute(
-        "SELECT summary FROM emergency_stop_jobs(%s, caller => %s)", ([jobs[2]], '{"actor": "all"}')
-    ).fetchone()[0]
+    one = shards.service.execute("SELECT summary FROM emergency_stop_jobs(%s, caller => %s)", ([jobs[2]], '{"actor": "all"}')).fetchone()[0]
     assert one["executions_stopped"] == 2
     assert shards.service.execute("SELECT * FROM emergency_stop_jobs('{}')").fetchall() == []
 
@@ -383,9 +359,7 @@ def test_runaways_of_which_one_shard_has_not_shown_all(shards):
 
 def test_faults_name_their_shard(shards):
     assert [
-        fault
-        for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")
-        if not fault.startswith("warning: shard p")
+        fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()") if not fault.startswith("warning: shard p")
     ] == []
     shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
     shards.shards[0].execute("ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey")
@@ -406,22 +380,14 @@ def test_a_shard_that_is_away_is_a_fault_and_takes_only_its_own_jobs_with_it_in_
     there = [job_id for job_id in jobs if job_id not in away]
     notices: list[tuple[str, str]] = []
     shards.service.add_notice_handler(
-        lambda notice: notices.append(
-            (notice.severity_nonlocalized or "", (notice.message_primary or "").partition(":")[0])
-        )
+        lambda notice: notices.append((notice.severity_nonlocalized or "", (notice.message_primary or "").partition(":")[0]))
     )
     shards.call("get_job(%s)", away[0])  # so that there is a connection to be lost
     with psycopg.connect(shards.url, autocommit=True) as server:
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
-        server.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = 'shard0' AND usename = 'beacon_service'"
-        )
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
 
-        calls = [
-            f"{function}('{away[0]}')"
-            for function in ("emergency_stop_job", "emergency_stop_status", "get_job", "list_executions")
-        ]
+        calls = [f"{function}('{away[0]}')" for function in ("emergency_stop_job", "emergency_stop_status", "get_job", "list_executions")]
         for call in [*calls, "timeout_stuck_jobs()", "repair_stuck_jobs()"]:
             with pytest.raises(psycopg.errors.ConnectionFailure, match="shard p0 is away"):
                 shards.call(call)
@@ -435,9 +401,7 @@ def test_a_shard_that_is_away_is_a_fault_and_takes_only_its_own_jobs_with_it_in_
         assert answer["truncated"]
         assert [text for severity, text in notices if severity == "WARNING"] == ["shard p0 is away"]
         faults = [fault for (fault,) in shards.service.execute("SELECT emergency_stop_faults()")]
-        assert [
-            fault.startswith("shard p0 is away: ") for fault in faults if not fault.startswith("warning: shard p1")
-        ] == [True]
+        assert [fault.startswith("shard p0 is away: ") for fault in faults if not fault.startswith("warning: shard p1")] == [True]
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS true")
     assert shards.call("emergency_stop_job(%s)", away[0])["executions_stopped"] == 1
 
@@ -447,10 +411,7 @@ def test_a_session_of_a_shard_that_ends_while_it_is_called_costs_no_call_in_sql(
     with shards.connect_to_shard_of(job_id) as holder:
         holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
         with in_thread(lambda: shards.call("emergency_stop_job(%s)", job_id)) as stop:
-            waiting = (
-                "SELECT pid FROM pg_stat_activity"
-                " WHERE usename = 'beacon_service' AND datname LIKE 'shard_' AND state = 'active'"
-            )
+            waiting = "SELECT pid FROM pg_stat_activity WHERE usename = 'beacon_service' AND datname LIKE 'shard_' AND state = 'active'"
             (pid,) = wait_until(lambda: shards.front.execute(waiting).fetchone())
             shards.front.execute("SELECT pg_terminate_backend(%s)", (pid,))
             wait_until(lambda: shards.front.execute(waiting + " AND pid <> %s", (pid,)).fetchone())
@@ -482,10 +443,7 @@ def test_what_a_trigger_on_a_shard_raises_is_not_taken_for_a_shard_that_is_away(
 
     with pytest.raises(psycopg.Error, match="not on Sundays") as raised:
         shards.call("emergency_stop_job(%s)", job_id)
-    assert (
-        raised.value.sqlstate
-        == {"internal_error": "XX000", "raise_exception": "P0001", "no_data_found": "P0002"}[error]
-    )
+    assert raised.value.sqlstate == {"internal_error": "XX000", "raise_exception": "P0001", "no_data_found": "P0002"}[error]
 
 
 # --- Over HTTP ---
@@ -503,12 +461,8 @@ def test_a_job_is_stopped_and_read_on_its_shard(shards, service):
         assert (answer.status, answer.json["executions_stopped"], answer.json["reason"]) == (200, 3, "it's \\ 100 %")
         assert service.stop(job_id).json["action"] == "none"
         assert count_active(shards.of(job_id), job_id) == 0
-        assert shards.of(job_id).execute(
-            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
-        ).fetchone() == (1,)
-        assert shards.other(job_id).execute(
-            "SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)
-        ).fetchone() == (0,)
+        assert shards.of(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (1,)
+        assert shards.other(job_id).execute("SELECT count(*) FROM emergency_stops WHERE job_id = %s", (job_id,)).fetchone() == (0,)
         path = job_id.replace("ä", "%C3%A4").replace("/", "%2F")
         assert service("GET", f"/api/v1/jobs/{path}").json["job"]["metadata"]["reason"] == "it's \\ 100 %"
         assert len(service("GET", f"/api/v1/executions?job_id={path}").json["executions"]) == 4
@@ -535,9 +489,7 @@ def test_stops_share_no_transaction_over_shards(shards, service):
         answers = list(callers.map(service.stop, jobs))
     assert {answer.json["message"] for answer in answers} == {"Job emergency stopped"}
     for shard in shards.shards:
-        stops, transactions = shard.execute(
-            "SELECT count(*), count(DISTINCT transaction) FROM emergency_stops"
-        ).fetchone()
+        stops, transactions = shard.execute("SELECT count(*), count(DISTINCT transaction) FROM emergency_stops").fetchone()
         assert stops == transactions > 20
 
 
@@ -561,13 +513,9 @@ def test_the_other_routes_on_a_front(shards, service):
 
     status = service("GET", f"/admin/jobs/{job_id}/emergency-stop", **token)
     assert (status.json["stopped"], status.json["history"][0]["actor"]) == (True, "ann")
-    released = service(
-        "POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token
-    )
+    released = service("POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token)
     assert (released.status, released.json["new_status"]) == (200, "pending")
-    released = service(
-        "POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token
-    )
+    released = service("POST", f"/admin/jobs/{job_id}/release", b'{"reason": "all clear", "status": "pending"}', **token)
     assert (released.status, released.json["error"]) == (409, "job is not stopped")
     assert service("GET", "/admin/runaways", **token).json["jobs"][0]["job_id"] == job_id
     shards.shards[1].execute("ALTER TABLE jobs DISABLE TRIGGER guard_updated_job")
@@ -581,9 +529,7 @@ def test_the_other_routes_on_a_front(shards, service):
 def test_who_holds_a_job_on_its_shard_is_named_and_ended_and_nobody_else(shards, service):
     job_id = shards.make_job("job", running=2)
     with (
-        psycopg.connect(
-            make_conninfo(shards.url, dbname=shards.of(job_id).info.dbname), application_name="holder"
-        ) as holder,
+        psycopg.connect(make_conninfo(shards.url, dbname=shards.of(job_id).info.dbname), application_name="holder") as holder,
         psycopg.connect(make_conninfo(shards.url, dbname=shards.other(job_id).info.dbname)) as bystander,
     ):
         shards.other(job_id).execute("INSERT INTO jobs (id) VALUES (%s)", (job_id,))
@@ -659,10 +605,7 @@ def test_a_shard_that_is_away_takes_only_its_own_jobs_with_it(shards, service):
         age(shards.of(job_id), 20, job_id)
     with psycopg.connect(shards.url, autocommit=True) as server:
         server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
-        server.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = 'shard0' AND usename = 'beacon_service'"
-        )
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
 
         for _ in range(2):
             answer = service.stop(shard0[0])
@@ -684,10 +627,7 @@ def test_a_shard_whose_sessions_were_ended_costs_no_call(shards, service):
     with ThreadPoolExecutor(4) as callers:
         list(callers.map(service.stop, jobs[:4]))
     with psycopg.connect(shards.url, autocommit=True) as server:
-        server.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname LIKE 'shard_' AND usename = 'beacon_service'"
-        )
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'shard_' AND usename = 'beacon_service'")
 
     assert [service.stop(job_id).status for job_id in jobs] == [200] * 8
 
@@ -701,8 +641,7 @@ def test_nor_does_a_session_of_a_shard_that_ends_when_it_is_called(shards, servi
     sessions = {
         port: psutil.Process(pid)
         for port, pid in shard.execute(
-            "SELECT client_port, pid FROM pg_stat_activity"
-            " WHERE datname = current_database() AND usename = 'beacon_service'"
+            "SELECT client_port, pid FROM pg_stat_activity WHERE datname = current_database() AND usename = 'beacon_service'"
         )
     }
     assert len(sessions) >= 2
@@ -710,8 +649,7 @@ def test_nor_does_a_session_of_a_shard_that_ends_when_it_is_called(shards, servi
         call = caller.submit(service.stop, jobs[0])
         (front,) = wait_until(
             lambda: shards.front.execute(
-                "SELECT pid FROM pg_stat_activity"
-                " WHERE application_name = 'beacon-stop admin' AND datname = 'front' AND state = 'active'"
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'beacon-stop admin' AND datname = 'front' AND state = 'active'"
             ).fetchone()
         )
         ports = {connection.laddr.port for connection in psutil.Process(front).net_connections()}
@@ -749,21 +687,13 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     move = start_moving(front="nowhere")
     output, _ = move.communicate(timeout=30)
     assert move.returncode != 0, output
-    assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (
-        len(moved),
-    )
+    assert shards.shards[1].execute("SELECT count(*) FROM jobs WHERE id = ANY (%s)", (moved,)).fetchone() == (len(moved),)
     new.execute("DELETE FROM executions; DELETE FROM jobs; DELETE FROM emergency_stops; DELETE FROM batch_changes")
 
-    with psycopg.connect(
-        make_conninfo(shards.url, dbname="shard1")
-    ) as worker:  # the move has to wait for it, and others for the move
+    with psycopg.connect(make_conninfo(shards.url, dbname="shard1")) as worker:  # the move has to wait for it, and others for the move
         worker.execute("UPDATE jobs SET metadata = '{}' WHERE id = %s", (running,))
         move = start_moving(front="front")
-        wait_until(
-            lambda: worker.execute(
-                "SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'"
-            ).fetchone()[0]
-        )
+        wait_until(lambda: worker.execute("SELECT count(*) FROM pg_locks WHERE NOT granted AND mode = 'ExclusiveLock'").fetchone()[0])
         assert service.stop(running).status == 503
     output, _ = move.communicate(timeout=30)
     assert (move.returncode, "ERROR" in output) == (0, False), output
@@ -779,7 +709,5 @@ def test_a_partition_moves_to_a_new_shard_as_the_readme_says(shards, service, cl
     assert batch(service, "timeout-stuck-jobs")["ok"]
     # What was recorded has come along: a stop of a job that had failed by itself left no mark.
     assert batch(service, "repair-stuck-jobs")["republished_count"] == 0
-    assert [record["reason"] for record in shards.call("emergency_stop_status(%s)", by_record)["history"]] == [
-        "it must not run again"
-    ]
+    assert [record["reason"] for record in shards.call("emergency_stop_status(%s)", by_record)["history"]] == ["it must not run again"]
     new.close()

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+
 from conftest import ROOT, TOKEN, Answer, Service, count_active, readme_block, wait_until
 from processes import accepts_connections, free_port, running
 
@@ -31,15 +32,11 @@ class Proxy:
         finally:
             connection.close()
 
-    def __call__(
-        self, method: str, path: str, body: object = None, address: str = "127.0.0.1", **headers: str
-    ) -> Answer:
+    def __call__(self, method: str, path: str, body: object = None, address: str = "127.0.0.1", **headers: str) -> Answer:
         with self.client(address) as connection:
             return ask(connection, method, path, body, **headers)
 
-    def stop(
-        self, id: str, body: object = b"{}", address: str = "127.0.0.1", token: str = TOKEN, **headers: str
-    ) -> Answer:
+    def stop(self, id: str, body: object = b"{}", address: str = "127.0.0.1", token: str = TOKEN, **headers: str) -> Answer:
         return self(
             "POST",
             f"/admin/jobs/{quote(id, safe='')}/emergency-stop",
@@ -56,14 +53,8 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: ob
 
 
 def nginx_command(folder: Path, listen: int, backend: int) -> list[object]:
-    block = (
-        readme_block("nginx", "proxy_pass")
-        .replace("listen 80;", f"listen 127.0.0.1:{listen};")
-        .replace(":8080", f":{backend}")
-    )
-    paths = "".join(
-        f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "scgi", "uwsgi")
-    )
+    block = readme_block("nginx", "proxy_pass").replace("listen 80;", f"listen 127.0.0.1:{listen};").replace(":8080", f":{backend}")
+    paths = "".join(f"{name}_temp_path {folder / name};\n" for name in ("client_body", "proxy", "fastcgi", "scgi", "uwsgi"))
     config = folder / "nginx.conf"
     config.write_text(
         f"daemon off;\nmaster_process off;\npid {folder / 'nginx.pid'};\nerror_log stderr;\nevents {{}}\n"
@@ -120,11 +111,7 @@ def proxy(request, start_proxy, service) -> Proxy:
 def peers(service: Service) -> set[int]:
     """The ports from which others are connected to the service."""
     connections = psutil.Process(service.process.pid).net_connections("tcp")
-    return {
-        one.raddr.port
-        for one in connections
-        if one.laddr.port == port_of(service) and one.status == psutil.CONN_ESTABLISHED
-    }
+    return {one.raddr.port for one in connections if one.laddr.port == port_of(service) and one.status == psutil.CONN_ESTABLISHED}
 
 
 def test_both_connections_are_kept(make_job, proxy, service):
@@ -164,9 +151,7 @@ def test_ids_are_passed_on_unchanged(db, make_job, proxy):
         assert proxy.stop(id).json["job_id"] == id
         assert count_active(db, id) == 0
         assert proxy("GET", f"/api/v1/jobs/{quote(id, safe='')}").json["job"]["id"] == id
-        assert {one["job_id"] for one in proxy("GET", f"/api/v1/executions?job_id={quote(id)}").json["executions"]} == {
-            id
-        }
+        assert {one["job_id"] for one in proxy("GET", f"/api/v1/executions?job_id={quote(id)}").json["executions"]} == {id}
 
 
 @pytest.mark.parametrize("name", PROXIES)
@@ -176,18 +161,12 @@ def test_a_forged_address_does_not_help(start_proxy, start_service, make_job, na
     jobs = [make_job(running=1) for _ in range(3)]
     forged = [{"X-Forwarded-For": f"10.0.0.{n}, 192.168.0.{n}"} for n in range(5)]
 
-    assert [proxy.stop(jobs[0], token="wrong", address="127.0.0.2", **header).status for header in forged] == [
-        403
-    ] * 3 + [429] * 2
+    assert [proxy.stop(jobs[0], token="wrong", address="127.0.0.2", **header).status for header in forged] == [403] * 3 + [429] * 2
     assert proxy.stop(jobs[0], token="wrong", address="127.0.0.3", **{"X-Forwarded-For": "127.0.0.2"}).status == 403
-    assert [
-        proxy.stop(job, address="127.0.0.4", **header).status for job, header in zip(jobs, forged, strict=False)
-    ] == [200, 200, 429]
+    assert [proxy.stop(job, address="127.0.0.4", **header).status for job, header in zip(jobs, forged, strict=False)] == [200, 200, 429]
     assert proxy.stop(jobs[2], address="127.0.0.2").status == 200
     wait_until(lambda: len(service.log) == 11)
-    assert [line["client"] for line in service.log[1:]] == ["127.0.0.2"] * 5 + ["127.0.0.3"] + ["127.0.0.4"] * 3 + [
-        "127.0.0.2"
-    ]
+    assert [line["client"] for line in service.log[1:]] == ["127.0.0.2"] * 5 + ["127.0.0.3"] + ["127.0.0.4"] * 3 + ["127.0.0.2"]
 
 
 @pytest.mark.parametrize("outer, inner", [("nginx", "haproxy"), ("haproxy", "nginx"), ("haproxy", "haproxy")])
@@ -264,8 +243,6 @@ def test_haproxy_asks_a_service_that_is_not_ready_for_nothing(db, start_proxy, s
     assert proxy("GET", "/health/live").headers["x-request-id"]
     db.execute("REVOKE EXECUTE ON FUNCTION get_job(text) FROM beacon_service")
 
-    wait_until(
-        lambda: (answer := proxy("GET", "/health/live")).status == 503 and "x-request-id" not in answer.headers, 20
-    )
+    wait_until(lambda: (answer := proxy("GET", "/health/live")).status == 503 and "x-request-id" not in answer.headers, 20)
     db.execute("GRANT EXECUTE ON FUNCTION get_job(text) TO beacon_service")
     wait_until(lambda: proxy("GET", "/health/live").status == 200, 20)

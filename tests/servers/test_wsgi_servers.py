@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import beacon_stop
 import psutil
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
+
 from conftest import (
     ROOT,
     SERVICE_PASSWORD,
@@ -34,9 +37,6 @@ from conftest import (
     wait_until,
 )
 from processes import Cluster, Running, accepts_connections, free_port, has_ended, running
-from psycopg.conninfo import conninfo_to_dict
-
-import beacon_stop
 
 LARGE = b'{"reason": "' + b"x" * 20_000 + b'"}'
 
@@ -100,19 +100,14 @@ KINDS = {
 def test_the_readme_says_how_each_server_is_started_here():
     block = readme_block("bash", "gunicorn --workers 2").replace("\\\n", "")
     shown = [shlex.split(line) for line in block.splitlines() if not line.startswith("#")]
-    started = [
-        {*shlex.split(kind.command.format(port=8080, folder="", venv="")), "SCRIPT_NAME=/prefix"}
-        for kind in KINDS.values()
-    ]
+    started = [{*shlex.split(kind.command.format(port=8080, folder="", venv="")), "SCRIPT_NAME=/prefix"} for kind in KINDS.values()]
 
     assert len(shown) >= len(KINDS) - 3  # Apache's has no command, and two others only options
     for command in shown:
         assert any(set(command) <= options for options in started), command
 
 
-VALIDATED = (
-    "from wsgiref.validate import validator; import beacon_stop; application = validator(beacon_stop.application)"
-)
+VALIDATED = "from wsgiref.validate import validator; import beacon_stop; application = validator(beacon_stop.application)"
 
 GUNICORN_CONF = "from gevent import monkey; monkey.patch_all()"  # else it would come after what is preloaded
 
@@ -169,14 +164,10 @@ class Served:
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         answer = send(f"http://127.0.0.1:{self.port}", method, self.kind.mount + path, body, **headers)
-        return replace(
-            answer, headers={name.lower(): value for name, value in answer.headers.items()}
-        )  # servers write them as they like
+        return replace(answer, headers={name.lower(): value for name, value in answer.headers.items()})  # servers write them as they like
 
     def stop(self, id: str, body: Any = b"{}", **headers: str) -> Answer:
-        return self(
-            "POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": TOKEN, **headers}
-        )
+        return self("POST", f"/admin/jobs/{quote(id, safe='')}/emergency-stop", body, **{"X-Admin-Token": TOKEN, **headers})
 
     def stop_in_chunks(self, id: str, body: bytes) -> Answer:
         """A stop with a body of unknown length, sent whole before the answer is awaited: it may be refused unread."""
@@ -288,26 +279,20 @@ def test_eight_callers_stop_their_jobs_and_a_shared_one(server, make_job, db):
             answers.append((server.stop_in_chunks if server.kind.takes_chunks else server.stop)(job_id, reason))
             assert server("GET", f"/api/v1/jobs/{job_id}").json["status"] == "failed"
             listed = server("GET", f"/api/v1/executions?job_id={job_id}").json["executions"]
-            assert Counter(each["status"] for each in listed) == (
-                {"failed": 42, "completed": 10} if job_id == shared else {"failed": 3}
-            )
+            assert Counter(each["status"] for each in listed) == ({"failed": 42, "completed": 10} if job_id == shared else {"failed": 3})
         return answers
 
     with ThreadPoolExecutor(8) as callers:
         answers = list(callers.map(call, range(8)))
 
     for caller, own in enumerate(answers):
-        assert [(a.status, a.json["message"], a.json["executions_stopped"]) for a in own[:3]] == [
-            (200, "Job emergency stopped", 3)
-        ] * 3
-        assert db.execute(
-            "SELECT array_agg(DISTINCT reason) FROM emergency_stops WHERE job_id = ANY(%s)", (jobs[caller],)
-        ).fetchone() == ([f"caller {caller}"],)
+        assert [(a.status, a.json["message"], a.json["executions_stopped"]) for a in own[:3]] == [(200, "Job emergency stopped", 3)] * 3
+        assert db.execute("SELECT array_agg(DISTINCT reason) FROM emergency_stops WHERE job_id = ANY(%s)", (jobs[caller],)).fetchone() == (
+            [f"caller {caller}"],
+        )
     messages = sorted(own[3].json["message"] for own in answers)
     assert messages == ["Job already in terminal state"] * 7 + ["Job emergency stopped"]
-    assert db.execute(
-        "SELECT count(*), sum(executions_stopped) FROM emergency_stops WHERE job_id = %s", (shared,)
-    ).fetchone() == (1, 42)
+    assert db.execute("SELECT count(*), sum(executions_stopped) FROM emergency_stops WHERE job_id = %s", (shared,)).fetchone() == (1, 42)
     answered = sorted(answer.headers["x-request-id"] for own in answers for answer in own)
     wait_until(lambda: len(server.lines()) >= before + len(answered))  # no answer waits for its line
     assert sorted(line["request_id"] for line in server.lines()[before:]) == answered
@@ -445,9 +430,7 @@ def test_each_process_has_connections_of_its_own_and_the_one_that_watches_them_h
 
     assert len(ports) == server.kind.processes
     assert (server.running.process.pid in ports) == (not server.kind.watched)
-    backends = [
-        port for (port,) in db.execute("SELECT client_port FROM pg_stat_activity WHERE usename = 'beacon_service'")
-    ]
+    backends = [port for (port,) in db.execute("SELECT client_port FROM pg_stat_activity WHERE usename = 'beacon_service'")]
     assert sorted(port for numbers in ports.values() for port in numbers) == sorted(backends)
 
 
