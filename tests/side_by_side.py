@@ -23,7 +23,14 @@ from pytest import ExitCode
 # together, so that it has no rival of its own kind.
 PARTS = {
     "tests": [
-        ["test_hostile", "test_emergency_stop_jobs", "test_timeout_stuck_jobs", "test_install"],
+        [
+            "test_hostile",
+            "test_emergency_stop_jobs",
+            "test_timeout_stuck_jobs",
+            "test_install",
+            "test_application_triggers",
+            "test_questions_with_other_ids",
+        ],
         [
             "test_server",
             "test_emergency_stop_blockers",

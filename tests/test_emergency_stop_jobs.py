@@ -396,7 +396,8 @@ def test_a_group_that_hangs_holds_up_nobody_who_is_not_in_it(make_app, db, make_
         assert stuck.result().json["executions_stopped"] == 1
 
 
-def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow):
+def test_groups_are_back_by_themselves_when_the_database_is(make_app, connect, server_url, db, make_job, slow, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 1.0)
     app = make_app()
     client = client_of(app)
 
