@@ -968,7 +968,8 @@ def explain(error: Exception, request: Request) -> HTTPError:
         return error
     if isinstance(error, ConfigurationError):
         log_event("configuration_error", request_id=request.request_id, error=str(error))
-        return unavailable("service is not configured")
+        faults = {"faults": ["the service is not configured"]} if request.read_path() == "/health/ready" else {}
+        return unavailable("service is not configured", **faults)
     told: dict[str, Any] = {}
     if isinstance(error, psycopg.Error):
         if is_lost(error):

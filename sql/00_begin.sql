@@ -30,7 +30,5 @@ BEGIN
 
     PERFORM set_config('search_path', format('%I, pg_temp', current_schema()), true);
     PERFORM set_config('quote_all_identifiers', 'off', true);
-    PERFORM set_config('plpgsql.extra_errors', 'none', true);
-    PERFORM set_config('plpgsql.extra_warnings', 'none', true);
 END;
 $$;

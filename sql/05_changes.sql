@@ -147,9 +147,9 @@ SET search_path FROM CURRENT
 AS $$
     SELECT format('function %s: dropped', p.oid::regprocedure), format('DROP FUNCTION %s', p.oid::regprocedure)
     FROM pg_proc p
-    LEFT JOIN pg_attribute a ON a.attname = 'id'
+    JOIN pg_attribute a ON a.attname = 'id'
         AND a.attrelid = to_regclass(CASE p.proname WHEN 'to_job_id' THEN 'jobs' ELSE 'executions' END)
-    LEFT JOIN pg_type t ON t.oid = a.atttypid
+    JOIN pg_type t ON t.oid = a.atttypid
     WHERE p.pronamespace = quote_ident(current_schema())::regnamespace
       AND CASE
           -- The type of an id has changed.

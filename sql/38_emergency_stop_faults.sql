@@ -142,7 +142,6 @@ BEGIN
             ('pg_read_all_stats', 'see what the sessions of other roles do, so that blocked_by says little of them, '
                                   'and force also ends those that have just begun')
         ) AS n (role, what)
-        JOIN pg_roles r ON r.rolname = v_owner AND NOT r.rolsuper
         WHERE NOT pg_has_role(v_owner, n.role, 'USAGE')
         UNION ALL
         SELECT 'warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that '
@@ -151,7 +150,7 @@ BEGIN
             SELECT
             FROM pg_constraint c
             JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'job_id' AND a.attnum = ANY (c.conkey)
-            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs') AND c.contype = 'f')
+            WHERE c.conrelid = to_regclass('executions') AND c.confrelid = to_regclass('jobs'))
         UNION ALL
         SELECT format('warning: table %s is unlogged: a crash of the server empties it', t.name)
         FROM tables t JOIN pg_class c ON c.oid = t.oid AND c.relpersistence = 'u'

@@ -712,6 +712,8 @@ def test_a_bad_configuration_answers_503_and_is_logged(capsys):
     answer = client.stop("a")
     assert (answer.status, answer.json) == (503, {"error": "service is not configured"})
     assert "DATABASE_URL is not set" in log_lines(capsys, "configuration_error")[0]["error"]
+    ready = client("GET", "/health/ready")
+    assert (ready.status, ready.json["faults"]) == (503, ["the service is not configured"])
 
 
 def test_create_app_checks_explicit_settings_at_once():

@@ -506,10 +506,11 @@ def test_no_column_of_the_application_s_own_is_taken_for_a_parameter(db, service
     assert service.execute("SELECT * FROM emergency_stop_faults()").fetchall() == []
 
 
-@pytest.mark.parametrize("collation", ["POSIX", "C"])
+@pytest.mark.parametrize("collation", ["POSIX", "C", "loose"])
 def test_states_in_a_collation_of_their_own_are_taken(bare, bare_url, collation):
     """The texts of the warnings took the collation over, and could not be put together."""
     bare.execute(EXISTING)
+    bare.execute(LOOSE)
     for table in ("jobs", "executions"):
         bare.execute(f'ALTER TABLE {table} ALTER status TYPE text COLLATE "{collation}"')
 
