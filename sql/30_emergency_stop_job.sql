@@ -13,9 +13,9 @@
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
---                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); none where
---                                             another stop of the job is at work. With force, if one may not be ended and
---                                             so none is: {"blocked_by": [...], "not_ended": [...]}
+--                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); none
+--                                             where another stop of the job is at work. With force, if one may not be
+--                                             ended and so none is: {"blocked_by": [...], "not_ended": [...]}
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
 --          works; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With
@@ -181,8 +181,9 @@ BEGIN
 END;
 $$;
 
--- require_stopped(id, new_status, marked, left_alone): raises 27000 if the job has not this status and the mark, if not
--- so many of its executions are failed and marked, or if left_alone has executions that are active.
+-- require_stopped(id, new_status, marked, left_alone): raises 27000 if the job has not this status, if left_alone has
+-- executions that are active, or if the job or not so many of its executions have the mark of a stop; marked is NULL
+-- where there need be none.
 CREATE OR REPLACE FUNCTION require_stopped(id text, new_status text, marked bigint, left_alone jsonb)
 RETURNS void LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -193,7 +194,9 @@ DECLARE
     v_is_marked boolean;
     v_unmarked  CONSTANT bigint := COALESCE(marked - marked_executions(id), 0);
 BEGIN
-    SELECT j.status, j.metadata @> '{"emergency_stop": true}' INTO v_status, v_is_marked FROM jobs j WHERE j.id = v_id;
+    SELECT j.status, require_stopped.marked IS NULL OR j.metadata @> '{"emergency_stop": true}'
+    INTO v_status, v_is_marked
+    FROM jobs j WHERE j.id = v_id;
     IF v_unmarked > 0 OR left_alone ?| '{pending,running,processing}'
        OR (v_status = new_status AND v_is_marked) IS NOT TRUE THEN
         RAISE triggered_data_change_violation
@@ -208,18 +211,18 @@ BEGIN
 END;
 $$;
 
--- fail_job(id, new_status, mark, at): gives a job this status and mark, and fails its active executions, those included
--- that triggers start meanwhile.
+-- fail_job(id, new_status, mark, output, at): gives a job this status and mark, and fails its active executions with
+-- this output, those included that triggers start meanwhile.
 -- Returns  executions_stopped, how many executions it has failed; left_alone, as unfinished_executions
 -- Raises   triggered_data_change_violation (27000)  a trigger or a rule of the application's undid it
 CREATE OR REPLACE FUNCTION fail_job(
-    id text, new_status text, mark jsonb, at timestamptz, OUT executions_stopped bigint, OUT left_alone jsonb)
+    id text, new_status text, mark jsonb, output jsonb, at timestamptz,
+    OUT executions_stopped bigint, OUT left_alone jsonb)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := fail_job.id;
-    v_output  CONSTANT jsonb := jsonb '{"error": "Emergency stop by admin", "emergency_stop": true}';
     v_updated bigint;
     v_jobs    bigint;
     v_marked  bigint;  -- executions of earlier stops, where something can change what is written
@@ -238,9 +241,10 @@ BEGIN
         UPDATE executions e
         SET status = 'failed',
             completed_at = fail_job.at,
-            output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || v_output
-                          WHEN e.output <> 'null' THEN jsonb_build_object('previous_output', e.output) || v_output
-                          ELSE v_output
+            output = CASE WHEN jsonb_typeof(e.output) = 'object' THEN e.output || fail_job.output
+                          WHEN e.output <> 'null'
+                          THEN jsonb_build_object('previous_output', e.output) || fail_job.output
+                          ELSE fail_job.output
                      END
         WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
         GET DIAGNOSTICS v_updated = ROW_COUNT;
@@ -267,7 +271,8 @@ BEGIN
     PERFORM set_config('beacon_stop.stopping', '', true);
 
     IF v_marked IS NOT NULL OR v_jobs <> 1 OR left_alone ?| '{pending,running,processing}' THEN
-        PERFORM require_stopped(fail_job.id, new_status, v_marked + executions_stopped, left_alone);
+        PERFORM require_stopped(fail_job.id, new_status, CASE
+            WHEN mark ? 'emergency_stop' THEN COALESCE(v_marked, 0) + executions_stopped END, left_alone);
     END IF;
 END;
 $$;
@@ -360,7 +365,8 @@ BEGIN
         v_stopped_at := to_char(v_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
         SELECT f.executions_stopped, f.left_alone INTO v_executions, v_left_alone
         FROM fail_job(attempt_stop.id, v_new_status, jsonb_strip_nulls(jsonb_build_object(
-                 'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)), v_at) f;
+                 'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)),
+             '{"error": "Emergency stop by admin", "emergency_stop": true}', v_at) f;
         PERFORM notify_workers('emergency_stop', json_build_object(
             'job_id', asked_id, 'stopped_at', v_stopped_at, 'executions_stopped', v_executions));
     END IF;

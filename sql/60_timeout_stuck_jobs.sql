@@ -33,8 +33,8 @@ BEGIN
 END;
 $$;
 
--- time_out_job(id, since, at): fails one job with its active executions. Raises BS001 if it is not stuck any more,
--- BS002 if triggers of the application's keep it from failing: the caller then lets go of what was locked.
+-- time_out_job(id, since, at): fails one job with its active executions. Raises BS001 if it is not stuck any more: the
+-- caller then lets go of what was locked; and what fail_job raises.
 CREATE OR REPLACE FUNCTION time_out_job(id text, since timestamptz, at timestamptz)
 RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -42,10 +42,7 @@ AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(time_out_job.id);
     v_before  text;
-    v_after   text;
-    v_failed  bigint;
-    v_stopped bigint := 0::bigint;
-    v_active  boolean;
+    v_stopped bigint;
 BEGIN
     -- Alone, so that no execution starts; and shared, by which a stop knows that we hold the job until we commit.
     PERFORM pg_advisory_xact_lock(job_barrier(id)), pg_advisory_xact_lock_shared(job_barrier(id));
@@ -59,26 +56,10 @@ BEGIN
         RAISE SQLSTATE 'BS001';
     END IF;
 
-    FOR v_round IN 1 .. 10 LOOP  -- a trigger of the application's own may start an execution for each that fails
-        UPDATE executions e
-        SET status = 'failed', completed_at = time_out_job.at,
-            output = as_object(e.output, 'previous_output') || '{"error": "Job timed out"}'
-        WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing');
-        GET DIAGNOSTICS v_failed = ROW_COUNT;
-        v_stopped := v_stopped + v_failed;
-        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start them after we have looked
-        v_active := EXISTS (
-            SELECT FROM executions e WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing'));
-        EXIT WHEN NOT v_active;
-    END LOOP;
-    UPDATE jobs j
-    SET status = 'failed', updated_at = time_out_job.at, metadata = as_object(j.metadata, 'previous_metadata')
-            || jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at))
-    WHERE j.id = v_id
-    RETURNING j.status INTO v_after;
-    IF v_active OR v_after IS DISTINCT FROM 'failed' THEN
-        RAISE SQLSTATE 'BS002';
-    END IF;
+    SELECT f.executions_stopped INTO v_stopped
+    FROM fail_job(time_out_job.id, 'failed',
+                  jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at)),
+                  '{"error": "Job timed out"}', time_out_job.at) f;
     RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);
 END;
 $$;
@@ -123,7 +104,7 @@ BEGIN
             v_jobs := v_jobs || time_out_job(v_job.id, v_before, v_now);
         EXCEPTION
             WHEN SQLSTATE 'BS001' THEN
-            WHEN lock_not_available OR deadlock_detected OR SQLSTATE 'BS002' THEN
+            WHEN lock_not_available OR deadlock_detected OR triggered_data_change_violation THEN
                 v_more := true;
             WHEN plpgsql_error OR integrity_constraint_violation OR data_exception THEN
                 v_more := true;
