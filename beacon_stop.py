@@ -54,7 +54,7 @@ from io import BytesIO, StringIO
 from itertools import chain
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -518,7 +518,8 @@ class GroupMember(NamedTuple):
     job_id: str
     reason: str | None
     caller: str
-    answer: futures.Future[str | None]
+    answer: SimpleQueue[str | None]  # quicker than a Future, to whom it takes two threads to wake one
+    taken: threading.Lock  # by a group, or by the caller who does not want to wait any longer
 
 
 class GroupedStops:
@@ -537,12 +538,12 @@ class GroupedStops:
         """emergency_stop_job's answer once it is committed, or None: nothing was done, and the stop goes by itself."""
         if not self.can_group:
             return None
-        member = GroupMember(job_id, reason, caller, futures.Future())
+        member = GroupMember(job_id, reason, caller, SimpleQueue(), threading.Lock())
         self.queue.put(member)
         try:
-            return member.answer.result(GROUP_TIMEOUT)
-        except futures.TimeoutError:  # the group at work is slow: a stop that is in no group yet goes by itself
-            return None if member.answer.cancel() else member.answer.result()
+            return member.answer.get(timeout=GROUP_TIMEOUT)
+        except Empty:  # the group at work is slow: a stop that is in no group yet goes by itself
+            return None if member.taken.acquire(blocking=False) else member.answer.get()
 
     def run(self) -> None:
         """Stop group after group. After a failure each stop goes by itself for GROUP_PAUSE."""
@@ -561,7 +562,7 @@ class GroupedStops:
 
     def stop_group(self, first: GroupMember) -> None:
         others = [self.queue.get() for _ in range(min(self.queue.qsize(), GROUP_SIZE - 1))]
-        members = [each for each in (first, *others) if each and each.answer.set_running_or_notify_cancel()]
+        members = [each for each in (first, *others) if each and each.taken.acquire(blocking=False)]
         group, answers = [each for each in members if each.reason == first.reason], dict[str, str]()
         try:
             callers = ", ".join(each.caller for each in group)
@@ -571,7 +572,7 @@ class GroupedStops:
                     answers[job_id] = summary
         finally:
             for each in members:
-                each.answer.set_result(answers.get(each.job_id))
+                each.answer.put(answers.get(each.job_id))
             if None in others:
                 self.queue.put(None)
 
