@@ -32,6 +32,7 @@ SET row_security = off
 SET lock_timeout = '1s'
 SET enable_seqscan = off
 SET enable_bitmapscan = off
+SET jit = off
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_status.id);
