@@ -127,6 +127,9 @@ SHORT_WAIT = 0.005  # seconds that stops in one transaction first wait for each 
 LOG_LINES = 2_000  # that wait to be written, at most
 LOG_PAUSE = 0.02  # seconds in which lines gather
 NOBODY = 65_534  # user and group
+NOT_READY = errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName
+FORCE_HINT = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
+PREPARED_HINT = "To end a prepared transaction, which has the pid 0: ROLLBACK PREPARED, with its application_name."
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -248,9 +251,9 @@ def unavailable(error: str, **details: Any) -> HTTPError:
 
 
 class LogQueue(SimpleQueue[Any]):
-    """The lines that wait to be written, counted. A Queue, which counts by itself, takes more time than the line."""
+    """The lines that wait to be written, counted. A queue.Queue counts, too, but costs more than to make the line."""
 
-    added = written = 0  # by those who log, one at a time; by the LogWriter
+    added = written = 0  # added is changed under the handler's lock, written only by the LogWriter
 
     def task_done(self) -> None:
         """The QueueListener has written a line."""
@@ -504,8 +507,9 @@ def is_lost(error: psycopg.Error) -> bool:
     if isinstance(error, errors.InternalError_):
         return (error.diag.source_function or "").startswith("plproxy")
     is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
-    # Other trouble with a connection, inside of a function, is a trigger's own, such as dblink's.
-    is_refused = str(error.sqlstate).startswith(("08", "57P")) and not error.diag.context
+    # An error that comes from inside a function is a trigger's own, such as dblink's, or the router's of a shard.
+    is_ours = not error.diag.context or error.diag.schema_name == "beacon_stop"
+    is_refused = str(error.sqlstate).startswith(("08", "57P")) and is_ours
     return isinstance(error, psycopg.OperationalError) and (is_fatal or is_refused)
 
 
@@ -518,7 +522,7 @@ class GroupMember(NamedTuple):
     job_id: str
     reason: str | None
     caller: str
-    answer: SimpleQueue[str | None]  # quicker than a Future, to whom it takes two threads to wake one
+    answers: SimpleQueue[str | None]  # one answer; a Future wakes its caller more slowly
     taken: threading.Lock  # by a group, or by the caller who does not want to wait any longer
 
 
@@ -541,9 +545,9 @@ class GroupedStops:
         member = GroupMember(job_id, reason, caller, SimpleQueue(), threading.Lock())
         self.queue.put(member)
         try:
-            return member.answer.get(timeout=GROUP_TIMEOUT)
+            return member.answers.get(timeout=GROUP_TIMEOUT)
         except Empty:  # the group at work is slow: a stop that is in no group yet goes by itself
-            return None if member.taken.acquire(blocking=False) else member.answer.get()
+            return None if member.taken.acquire(blocking=False) else member.answers.get()
 
     def run(self) -> None:
         """Stop group after group. After a failure each stop goes by itself for GROUP_PAUSE."""
@@ -572,7 +576,7 @@ class GroupedStops:
                     answers[job_id] = summary
         finally:
             for each in members:
-                each.answer.put(answers.get(each.job_id))
+                each.answers.put(answers.get(each.job_id))
             if None in others:
                 self.queue.put(None)
 
@@ -960,9 +964,6 @@ def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int 
     return value
 
 
-NOT_READY = errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName
-
-
 def explain(error: Exception, request: Request) -> HTTPError:
     """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
     if isinstance(error, HTTPError):
@@ -975,7 +976,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
     if isinstance(error, psycopg.Error):
         if is_lost(error):
             return unavailable("database unavailable")
-        if isinstance(error, errors.QueryCanceled) and error.diag.source_function == "ProcessInterrupts":
+        if isinstance(error, errors.QueryCanceled) and error.diag.source_function != "exec_stmt_raise":
             return unavailable("statement timeout: the database took too long")
         if isinstance(error, errors.ReadOnlySqlTransaction):
             return unavailable("database is read-only")
@@ -985,10 +986,9 @@ def explain(error: Exception, request: Request) -> HTTPError:
         if isinstance(error, errors.InvalidParameterValue) and request.has_values:
             return bad(message)
         if is_locked and (held := read_holders(error)):
-            force = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
-            can_force = request.event == "emergency_stop" and "not_ended" not in held and held["blocked_by"]
-            # A prepared transaction, whose pid is 0, is no session.
-            hint = force if can_force and all(each["pid"] for each in can_force) else error.diag.message_hint
+            hint, holders = error.diag.message_hint, held["blocked_by"]
+            if request.event == "emergency_stop" and "not_ended" not in held and holders:
+                hint = FORCE_HINT if all(each["pid"] for each in holders) else PREPARED_HINT
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
         if request.has_token:
             told = {"message": message, "sqlstate": error.sqlstate}

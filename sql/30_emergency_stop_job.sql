@@ -13,9 +13,9 @@
 --          invalid_transaction_state (25000)  the transaction is REPEATABLE READ or SERIALIZABLE
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
---                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); none
---                                             where another stop of the job is at work. With force, if one may not be
---                                             ended and so none is: {"blocked_by": [...], "not_ended": [...]}
+--                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); it is
+--                                             empty where another stop of the job is at work. With force, if one may
+--                                             not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
 --          works; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With
@@ -192,7 +192,7 @@ DECLARE
     v_id        CONSTANT jobs.id%TYPE := require_stopped.id;
     v_status    text;
     v_is_marked boolean;
-    v_unmarked  CONSTANT bigint := COALESCE(marked - marked_executions(id), 0);
+    v_unmarked  CONSTANT bigint := greatest(marked - marked_executions(id), 0);
 BEGIN
     SELECT j.status, require_stopped.marked IS NULL OR j.metadata @> '{"emergency_stop": true}'
     INTO v_status, v_is_marked
@@ -233,7 +233,7 @@ BEGIN
                WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass)
                  AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
        OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
-        v_marked := marked_executions(fail_job.id);
+        v_marked := CASE WHEN mark ? 'emergency_stop' THEN marked_executions(fail_job.id) ELSE 0 END;
     END IF;
     PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
     FOR v_round IN 1..10 LOOP
@@ -255,7 +255,8 @@ BEGIN
                 updated_at = fail_job.at,
                 metadata = CASE WHEN j.metadata IS NULL THEN fail_job.mark
                                 -- Without the reason of the last stop. A reason of somebody else's stays.
-                                WHEN j.metadata ->> 'reason' = last_stop_reason(fail_job.id)
+                                WHEN fail_job.mark ? 'emergency_stop'
+                                     AND j.metadata ->> 'reason' = last_stop_reason(fail_job.id)
                                 THEN j.metadata - 'reason' || fail_job.mark
                                 ELSE as_object(j.metadata, 'previous_metadata') || fail_job.mark
                            END

@@ -163,7 +163,8 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
 -- end_or_name_holders(id, patience, force, problem): what is left to do once a stop has waited for that long. With
 -- force it ends those who have held the job for that long, and returns how many they were. Without, it raises 55P03,
 -- with the holders as JSON in DETAIL. Where nobody holds the job any more, it returns 0; or, if a problem is given, the
--- message of the error that was met, it raises 55P03 without DETAIL.
+-- message of the error that was met, it raises 55P03: with an empty array as DETAIL if another stop of the job is at
+-- work, else without DETAIL.
 CREATE OR REPLACE FUNCTION end_or_name_holders(id text, patience interval, force boolean, problem text)
 RETURNS int LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -204,7 +205,7 @@ BEGIN
                   HINT = format('Others have held it for %s; nothing was changed. ', patience) || CASE
                       WHEN v_held.not_ended IS NULL THEN
                           'To end those sessions: SELECT emergency_stop_job(id, force => true).'
-                      ELSE 'Even force => true may not end all of them: an operator has to end a prepared transaction, '
+                      ELSE 'Even force => true cannot end all of them: an operator has to end a prepared transaction, '
                            'with ROLLBACK PREPARED, and a superuser the other sessions.' END;
     ELSIF problem IS NOT NULL AND EXISTS (
         SELECT FROM pg_locks l
@@ -215,7 +216,7 @@ BEGIN
         RAISE lock_not_available
             USING MESSAGE = format('job %L is locked', id),
                   DETAIL = '[]',
-                  HINT = format('Another stop of it has been at work for %s. Ask again when that has ended.', patience);
+                  HINT = 'Another stop of this job is at work. Ask again.';
     ELSIF problem IS NOT NULL THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %L could not be stopped in %s: %s', id, patience, problem),

@@ -26,19 +26,21 @@ BEGIN
         PERFORM set_config('lock_timeout', v_lock_timeout, true);
     EXCEPTION WHEN lock_not_available THEN  -- a whole table is locked: the stop names those who lock it
     END;
+    IF v_is_large IS NOT TRUE THEN
+        BEGIN
+            v_answer := emergency_stop_job(emergency_stop_dry_run.id);
+            v_took := round(extract(epoch FROM clock_timestamp() - v_began) * 1000, 1);
+            RAISE SQLSTATE 'BS002';
+        EXCEPTION WHEN SQLSTATE 'BS002' THEN  -- all of it is undone, the settings and locks of the stop included
+        END;
+        v_is_large := (v_answer ->> 'executions_stopped')::bigint > 10000;
+    END IF;
     IF v_is_large THEN
         RAISE invalid_parameter_value
             USING MESSAGE = format('job %L has more than 10000 active executions: expected at most that many for a '
                                    'dry run', emergency_stop_dry_run.id),
                   HINT = 'emergency_stop_status(id) counts them without changing anything.';
     END IF;
-
-    BEGIN
-        v_answer := emergency_stop_job(emergency_stop_dry_run.id);
-        v_took := round(extract(epoch FROM clock_timestamp() - v_began) * 1000, 1);
-        RAISE SQLSTATE 'BS002';
-    EXCEPTION WHEN SQLSTATE 'BS002' THEN  -- all of it is undone, the settings and locks of the stop included
-    END;
 
     IF (v_answer ->> 'ok')::boolean THEN  -- two more keys, at the end
         RETURN (left(v_answer::text, -1) || format(', "dry_run": true, "took_ms": %s}', v_took))::json;

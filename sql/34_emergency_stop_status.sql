@@ -14,6 +14,7 @@
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         others hold a whole table; DETAIL has them, as a JSON array
 -- Locks    what emergency_stop_blockers locks: nothing that outlives the call. It waits for 1 s at most
+--          for each table that is locked
 
 -- is_emergency_stopped(id, status, metadata): whether this job has ended and a stop was the last that was done to it.
 CREATE OR REPLACE FUNCTION is_emergency_stopped(id text, status text, metadata jsonb)
@@ -69,8 +70,8 @@ BEGIN
         v_previous := v_stop.previous;
         -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
         -- looked at. Written so that only the index on (job_id, id) gives the order, and set so that it is used. A
-        -- trigger of the application's may have set completed_at to the start of the stop's transaction: what came after
-        -- the stop before that counts.
+        -- trigger of the application's may have set completed_at to the start of the stop's transaction: what came
+        -- after the stop before that counts.
         WITH failed AS MATERIALIZED (
             SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
             FROM executions e

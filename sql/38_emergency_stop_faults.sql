@@ -3,7 +3,7 @@
 -- Raises   nothing of its own
 -- Locks    nothing; it also works on a standby, and takes a few milliseconds at most
 --
--- It reads the catalogs only, no rows of the tables.
+-- It reads the catalogs only, no rows of the tables, but for a table of states.
 
 -- function_faults(caller, owner): functions that are missing, are not those that were installed, or that may not be
 -- executed: those that the service calls by the caller, all of them by their owner.
@@ -51,10 +51,10 @@ SET search_path FROM CURRENT
 SET lock_timeout = '10ms'
 AS $$
 DECLARE
-    v_check  record;
+    v_constraint  record;
     v_allows boolean;
 BEGIN
-    FOR v_check IN
+    FOR v_constraint IN
         SELECT c.conname AS name, c.conrelid::regclass AS table_name, format_type(a.atttypid, a.atttypmod) AS type,
                CASE c.contype WHEN 'c' THEN pg_get_expr(c.conbin, c.conrelid)
                     ELSE format('EXISTS (SELECT FROM %s AS states WHERE states.%I = %s.status)',
@@ -63,21 +63,25 @@ BEGIN
         JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attname = 'status' AND c.conkey = ARRAY[a.attnum]
         LEFT JOIN pg_attribute f ON f.attrelid = c.confrelid AND f.attnum = c.confkey[1]
         WHERE c.conrelid IN (to_regclass('jobs'), to_regclass('executions'))
-          AND (c.contype = 'c' OR c.contype = 'f' AND has_table_privilege(c.confrelid, 'SELECT'))
+          -- Of a table of states, only one that we may read.
+          AND (c.contype = 'c' OR c.contype = 'f' AND has_table_privilege(c.confrelid, 'SELECT')
+               AND NOT row_security_active(c.confrelid)
+               AND has_schema_privilege((SELECT s.relnamespace FROM pg_class s WHERE s.oid = c.confrelid), 'USAGE'))
           AND pg_get_constraintdef(c.oid) NOT LIKE '%NOT ENFORCED'
         ORDER BY c.conname
     LOOP
         BEGIN
             -- It is of PostgreSQL's own writing. @plpgsql_check_options: security_warnings = off
             EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %s',
-                           v_check.expression, v_check.type, v_check.table_name) INTO v_allows;
+                           v_constraint.expression, v_constraint.type, v_constraint.table_name) INTO v_allows;
         EXCEPTION
             WHEN raise_exception OR data_exception OR integrity_constraint_violation
                  OR syntax_error_or_access_rule_violation THEN
                 v_allows := false;  -- it calls a function of the application's, which refuses
         END;
         IF NOT v_allows THEN
-            RETURN NEXT format('constraint %s on table %s forbids the status failed', v_check.name, v_check.table_name);
+            RETURN NEXT format('constraint %s on table %s forbids the status failed',
+                               v_constraint.name, v_constraint.table_name);
         END IF;
     END LOOP;
 EXCEPTION WHEN lock_not_available THEN

@@ -5,7 +5,8 @@
 -- Returns  {"ok": true, "message": "Stuck jobs timeout completed", "timed_out_count": 1,
 --           "timeout_threshold_minutes": 15, "more": false,
 --           "timed_out_jobs": [{"job_id": "a", "previous_status": "processing", "executions_stopped": 3}]}
---          "more": some are left, beyond max_jobs, after 5 seconds, locked, or kept by triggers of the application's
+--          "more": some are left: beyond max_jobs, after 5 seconds, locked, or refused by a trigger or constraint of
+--          the application's, of which a WARNING says more
 -- Raises   22023 for a threshold over 525,600 minutes or max_jobs over 1,000, 25000 above READ COMMITTED, 25006 in a
 --          read-only transaction, 55P03 where a whole table was locked for longer than lock_timeout
 -- Locks    for each job its barrier, alone and shared, its active executions and its row, FOR NO KEY UPDATE, until the
@@ -106,7 +107,9 @@ BEGIN
             WHEN SQLSTATE 'BS001' THEN
             WHEN lock_not_available OR deadlock_detected OR triggered_data_change_violation THEN
                 v_more := true;
-            WHEN plpgsql_error OR integrity_constraint_violation OR data_exception THEN
+            WHEN plpgsql_error OR integrity_constraint_violation OR data_exception
+                 OR syntax_error_or_access_rule_violation OR object_not_in_prerequisite_state
+                 OR serialization_failure THEN
                 v_more := true;
                 RAISE WARNING 'job % is not timed out: %', quote_literal(v_job.id), SQLERRM;
         END;

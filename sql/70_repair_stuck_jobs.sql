@@ -4,8 +4,9 @@
 -- Returns  {"ok": true, "message": "Failed jobs republished", "republished_count": 1,
 --           "republished_jobs": [{"job_id": "a", "previous_status": "failed", "attempt": 1}],
 --           "skipped": {"emergency_stopped": 2, "attempts_exhausted": 1, "active": 1}, "more": false}
---          "skipped": each job that is left out, once, under the first reason; "more": some are left, beyond max_jobs,
---          locked, or kept by triggers of the application's own
+--          "skipped": each job that is left out, once, under the first reason; "more": some are left: beyond max_jobs,
+--          after 5 seconds, locked, or refused by a trigger or constraint of the application's, of which a WARNING says
+--          more
 -- Raises   22023 for a max_age over 8,760 hours or max_jobs over 1,000, 25000 above READ COMMITTED, 25006 in a
 --          read-only transaction, 55P03 where a whole table was locked for longer than lock_timeout
 -- Locks    for each job its row, FOR NO KEY UPDATE, and its barrier, alone and shared, until the transaction ends. It
@@ -65,20 +66,22 @@ BEGIN
     WHERE j.status = 'failed' AND j.updated_at >= v_now - repair_stuck_jobs.max_age;
 
     FOREACH v_id IN ARRAY v_ids LOOP
-        EXIT WHEN cardinality(v_jobs) >= max_jobs;
+        EXIT WHEN cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + interval '5 s';
         -- Alone at the barrier, so that a stop that comes now does not take the job for ended; and shared, by which it
         -- knows that we hold the job until we commit. Then nobody else can change any of it, and we look again.
-        PERFORM FROM jobs j WHERE j.id = to_job_id(v_id) AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
-        CONTINUE WHEN NOT FOUND OR NOT pg_try_advisory_xact_lock(job_barrier(v_id))
-                      OR NOT pg_try_advisory_xact_lock_shared(job_barrier(v_id));
         BEGIN
+            PERFORM FROM jobs j WHERE j.id = to_job_id(v_id) AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND OR NOT pg_try_advisory_xact_lock(job_barrier(v_id))
+                          OR NOT pg_try_advisory_xact_lock_shared(job_barrier(v_id));
             UPDATE jobs j
             SET status = 'pending', updated_at = v_now, metadata = as_object(j.metadata, 'previous_metadata')
                     || jsonb_build_object('republish_count', n.attempt, 'republished_at', utc_seconds(v_now))
             FROM jobs f, next_attempt(v_id, f.metadata) n
             WHERE j.id = to_job_id(v_id) AND f.id = j.id AND n.skipped IS NULL
             RETURNING j.status, n.attempt INTO v_job;
-        EXCEPTION WHEN plpgsql_error OR integrity_constraint_violation OR data_exception THEN
+        EXCEPTION WHEN plpgsql_error OR integrity_constraint_violation OR data_exception
+                       OR syntax_error_or_access_rule_violation OR object_not_in_prerequisite_state
+                       OR serialization_failure OR deadlock_detected THEN  -- lets go of what it has locked
             RAISE WARNING 'job % is not republished: %', quote_literal(v_id), SQLERRM;
             CONTINUE;
         END;

@@ -86,7 +86,7 @@ def show(output: bytes) -> None:
 
 if __name__ == "__main__":
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
-    if any(Path(argument.partition("::")[0]).exists() for argument in arguments):
+    if any(Path(argument.partition("::")[0]).is_file() for argument in arguments):
         sys.exit(start(*arguments).wait())
     if "BEACON_TEST_DATABASE_URL" in os.environ:
         sys.exit(start(*arguments, folder).wait())

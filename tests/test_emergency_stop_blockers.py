@@ -516,4 +516,4 @@ def test_a_stop_that_takes_longer_than_the_lock_timeout_is_named_as_what_the_oth
             let_stops_go(db)
     assert first.result.fetchone()[0]["executions_stopped"] == 2
     assert (answer.status, answer.json["error"], answer.json["blocked_by"]) == (503, "job is locked", [])
-    assert "Another stop of it" in answer.json["hint"]
+    assert "Another stop of this job" in answer.json["hint"]

@@ -719,17 +719,26 @@ def test_the_oldest_come_first_whatever_the_plan_and_first_of_all_those_never_up
     assert ids(time_out()) == [jobs[number] for number in (4, 3, 5, 1, 0, 2)]
 
 
-def test_a_job_that_a_trigger_does_not_let_fail_keeps_no_other_from_it(db, service, make_job, time_out):
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("RAISE 'not this one'", "not this one"),
+        ("PERFORM of_another_schema()", "function of_another_schema() does not exist"),
+        ("INSERT INTO executions (job_id) VALUES ('ended')", "job 'ended' is failed: no execution of it may start"),
+    ],
+)
+def test_a_job_that_a_trigger_does_not_let_fail_keeps_no_other_from_it(db, service, make_job, time_out, body, said):
     """Before, one such job made every call fail."""
     jobs = [make_job(f"{name}", running=1) for name in ("a", "b", "c")]
+    make_job("ended", status="failed")
     age(db, 60, *jobs)
-    db.execute("""
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;
+    db.execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; RETURN NEW; END $$;
         CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id = 'b') EXECUTE FUNCTION refuse()""")
     warned = []
     service.add_notice_handler(lambda diagnostic: warned.append(diagnostic.message_primary))
 
     answer = time_out()
     assert (sorted(ids(answer)), answer["more"]) == ([jobs[0], jobs[2]], True)
-    assert warned == ["job 'b' is not timed out: not this one"]
+    assert warned == [f"job 'b' is not timed out: {said}"]
     assert count_active(db, "b") == 1

@@ -129,7 +129,8 @@ BEGIN
                 IF SQLSTATE = 'XX000' AND NOT starts_with(SQLERRM, 'PL/Proxy function ') THEN
                     RAISE;
                 END IF;
-                RAISE connection_failure USING MESSAGE = format('shard p%s is away: %s', (
+                -- By the name of the schema the service tells it from trouble that a trigger has with a connection.
+                RAISE connection_failure USING SCHEMA = 'beacon_stop', MESSAGE = format('shard p%s is away: %s', (
                     SELECT p.shard FROM partitions() p WHERE p.partition = on_shard.partition), SQLERRM);
         END;
     END LOOP;
@@ -188,7 +189,8 @@ BEGIN
     FROM on_shards(call, (SELECT jsonb_object_agg(p.shard, jsonb_build_object('span', span, 'max_jobs', max_jobs))
                           FROM partitions() p), max_jobs) o;
     IF v_away IS NOT NULL THEN
-        RAISE connection_failure USING MESSAGE = v_away, HINT = 'The batch has run on the other shards.';
+        RAISE connection_failure
+            USING SCHEMA = 'beacon_stop', MESSAGE = v_away, HINT = 'The batch has run on the other shards.';
     END IF;
     RETURN (
         SELECT json_object_agg(k.key, CASE
@@ -296,7 +298,9 @@ BEGIN
     SELECT json_object_agg(o.shard, o.answer), max(o.away) INTO v_answers, v_away
     FROM on_shards('emergency_stop_jobs', v_arguments) o;
     IF v_away IS NOT NULL THEN
-        RAISE connection_failure USING MESSAGE = v_away, HINT = 'The jobs on the other shards are stopped. Try again.';
+        RAISE connection_failure
+            USING SCHEMA = 'beacon_stop', MESSAGE = v_away,
+                  HINT = 'The jobs on the other shards are stopped. Try again.';
     END IF;
     RETURN QUERY
         SELECT j.id, v_answers -> p.shard::text -> (row_number() OVER (PARTITION BY p.shard ORDER BY j.number) - 1)::int
@@ -321,7 +325,7 @@ BEGIN
         SELECT jsonb_object_agg(p.shard, jsonb_build_object('minutes', minutes, 'max_jobs', max_jobs))
         FROM partitions() p)) o;
     IF v_answers IS NULL THEN
-        RAISE connection_failure USING MESSAGE = v_away;
+        RAISE connection_failure USING SCHEMA = 'beacon_stop', MESSAGE = v_away;
     ELSIF v_away IS NOT NULL THEN
         RAISE WARNING USING MESSAGE = v_away;
     END IF;
