@@ -114,7 +114,7 @@ MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
 MAX_IDS = 100  # jobs in one call
 MAX_BODY, MAX_BODY_OF_SEVERAL, MAX_HEAD = 16 * 1024, 256 * 1024, 16 * 1024  # bytes
 YEAR = 8_760  # hours
-# As floats no numbers are too long to be read; int makes NaN and Infinity the errors that they are in JSON.
+# float() reads numbers that are too long for int(). int("NaN") and int("Infinity") fail: JSON has no such constants.
 BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int)
 PAGE_ROWS, PAGE_BYTES = 1_000, 256 * 1024  # of a listing, read from the database at a time
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
@@ -251,9 +251,10 @@ def unavailable(error: str, **details: Any) -> HTTPError:
 
 
 class LogQueue(SimpleQueue[Any]):
-    """The lines that wait to be written, counted. A queue.Queue counts, too, but costs more than to make the line."""
+    """Counts its lines. A queue.Queue counts too, but to put a line into it takes longer than to make the line."""
 
-    added = written = 0  # added is changed under the handler's lock, written only by the LogWriter
+    # Only the LogHandler changes `added`, under its lock. Only the LogWriter changes `written`.
+    added = written = 0
 
     def task_done(self) -> None:
         """The QueueListener has written a line."""
@@ -287,15 +288,16 @@ class LogHandler(QueueHandler):
         if hasattr(record, "fields"):
             line = {"time": at, "event": record.msg, **record.fields}
         else:
-            said = {"logger": record.name, "level": record.levelname.lower(), "message": record.getMessage()}
-            line = {"time": at, "event": "log", **said}
+            line = {"time": at, "event": "log", "logger": record.name, "level": record.levelname.lower()}
+            line["message"] = record.getMessage()
         for name, value in line.items():
             if isinstance(value, str):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
         return json.dumps(line | ({"lines_dropped": self.dropped} if self.dropped else {})) + "\n"
 
     def enqueue(self, line: Any) -> None:
-        if not self.is_started:  # not with the import, and anew after a fork
+        # The thread starts with the first line of each process: not with the import, and anew after a fork.
+        if not self.is_started:
             self.is_started = True
             LogWriter(self.queue).start()
         if self.queue.added - self.queue.written >= LOG_LINES:
@@ -313,7 +315,7 @@ class LogHandler(QueueHandler):
 
 
 class LogWriter(QueueListener):
-    """Writes the lines to stderr. No Handler: the end of the process would wait for its lock."""
+    """Writes the lines to stderr itself: a process that ends would wait for the lock of a logging.Handler."""
 
     queue: LogQueue
 
@@ -331,7 +333,8 @@ class LogWriter(QueueListener):
                 sys.stderr.write(line)
                 sys.stderr.flush()
                 return
-            while data:  # past Python's buffer: its lock, held while nobody reads a pipe, would abort the end
+            # Bypass Python's buffer. If nobody reads the pipe, its lock stays held, and Python would abort at its end.
+            while data:
                 select.select([], [descriptor], [])
                 data = data[os.write(descriptor, data[: select.PIPE_BUF]) :]
 
@@ -386,7 +389,7 @@ class BoundedConnection(psycopg.Connection[Any]):
 
     patience = SILENCE
     was_silent = False
-    settings = ""  # statements that are sent before each query, where a pooler is in between
+    preamble = ""  # statements that are sent before each query, where a pooler is in between
     only_cursor: psycopg.Cursor[Any]  # making one for each statement costs a third of what the statement costs here
 
     def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
@@ -407,7 +410,7 @@ class BoundedConnection(psycopg.Connection[Any]):
             return end.value
 
     def fetch(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        cursor = self.only_cursor.execute(self.settings + query, values)
+        cursor = self.only_cursor.execute(self.preamble + query, values)
         while cursor.nextset():
             pass
         return cursor.fetchall()
@@ -434,15 +437,17 @@ class Pool(ConnectionPool[BoundedConnection]):
             configure=self.set_up,
             timeout=POOL_TIMEOUT,
             max_lifetime=math.inf,  # the pool would give a connection up before it has another
-            reconnect_timeout=1.0,  # then anew, at once: no growing delays when it comes back
+            # After this many seconds try_anew() begins again, so that the pool's delays between attempts do not grow.
+            reconnect_timeout=1.0,
             reconnect_failed=lambda _: self.try_anew(),
             open=True,
         )
 
     def try_anew(self) -> None:
         self.is_away = True
+        # Reconnect if callers are waiting.
         if self.get_stats()["requests_waiting"]:
-            self.check()  # which reconnects
+            self.check()
 
     def set_up(self, connection: BoundedConnection) -> None:
         connection.add_notice_handler(log_warning)
@@ -450,16 +455,16 @@ class Pool(ConnectionPool[BoundedConnection]):
         self.is_away, self.is_pooled = False, pid != connection.info.backend_pid  # poolers make one up
         scope, isolation = ("LOCAL", "") if self.is_pooled else ("SESSION", "SESSION CHARACTERISTICS AS ")
         timeout = min(self.settings.statement_timeout, GROUP_TIMEOUT if self.name == "group" else math.inf)
-        settings = (
+        preamble = (
             f"SET {isolation}TRANSACTION ISOLATION LEVEL READ COMMITTED;"
             f" SET {scope} lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
             f" SET {scope} statement_timeout = {timeout * 1000:.0f};"
         )
         if self.is_pooled:  # what is sent in one message is one transaction, and leaves nothing behind in the session
-            connection.settings = settings
+            connection.preamble = preamble
             connection.prepare_threshold, connection.cursor_factory = None, psycopg.ClientCursor
         else:
-            connection.execute(settings, prepare=False)
+            connection.execute(preamble, prepare=False)
         connection.only_cursor = connection.cursor()
 
     def ask(self, query: str, *values: Any) -> str:
@@ -507,7 +512,8 @@ def is_lost(error: psycopg.Error) -> bool:
     if isinstance(error, errors.InternalError_):
         return (error.diag.source_function or "").startswith("plproxy")
     is_fatal = error.sqlstate is None or error.diag.severity_nonlocalized == "FATAL"
-    # An error that comes from inside a function is a trigger's own, such as dblink's, or the router's of a shard.
+    # An error with a context comes from inside a function. It may be about a connection of a trigger's, such as
+    # dblink's. If it is about a shard, sql/plproxy/router.sql has given it this schema name.
     is_ours = not error.diag.context or error.diag.schema_name == "beacon_stop"
     is_refused = str(error.sqlstate).startswith(("08", "57P")) and is_ours
     return isinstance(error, psycopg.OperationalError) and (is_fatal or is_refused)
@@ -678,9 +684,10 @@ class Application:
         return self.stop(job_id, bool(body["force"]), body["reason"], request.caller())
 
     def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
-        """Of those who call for one job at a time only the first waits for its locks.
+        """Stop one job. Of several calls for it at the same time only the first waits for the job's locks.
 
-        The others wait for the first, and fail with it or ask for themselves; with force, for the first with force.
+        The others wait for the first call: if it fails, they fail too; if not, each of them asks PostgreSQL itself.
+        Calls with force wait only for the first call with force.
         """
         mine: futures.Future[None] = futures.Future()
         first = self._stops.setdefault((job_id, force), mine)
@@ -841,9 +848,10 @@ class Request:
         given = environ.get("HTTP_X_REQUEST_ID", "")
         self.request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"{random.getrandbits(128):032x}"
         self.event = ""  # of an admin call, for the log
-        noted = ("client", "actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
-        self.noted: dict[str, Any] = {"request_id": self.request_id, **dict.fromkeys(noted)}
-        self.has_token = self.has_values = False  # the right one; values of the caller's that PostgreSQL checks
+        keys = ("client", "actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
+        self.noted: dict[str, Any] = {"request_id": self.request_id, **dict.fromkeys(keys)}
+        # has_values: PostgreSQL checks values of this call. If it refuses one of them (22023), the answer is 400.
+        self.has_token = self.has_values = False
 
     def read_path(self) -> str:
         """The path below the mount point, percent-decoded, each byte as a character.
@@ -1043,7 +1051,7 @@ application = create_app()
 
 # --- The server -------------------------------------------------------------------------------------------------------
 
-# Stricter than the parser behind it, which takes 99 lines: nothing that two parties could read in two ways.
+# HEAD refuses what a proxy and Python's parser could read differently. That parser takes at most 99 header lines.
 NAME, HOST = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", r"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z._~%!$&'()*+,;=-]+)(?::[0-9]{0,5})?"
 HEAD = re.compile(
     rf"{NAME} (?:(?i:https?://){HOST}(?=[/? ])|(?=[/*]))(?P<target>[^\0- \x7f]*) HTTP/1\.[01]\r\n"
@@ -1166,7 +1174,8 @@ class Client(WSGIRequestHandler):
             raise bad("request cannot be read: expected METHOD /path HTTP/1.1, up to 99 lines Name: value, and CR LF")
         first, _, lines = head.partition("\r\n")
         connection, self.rfile = self.rfile, BytesIO(lines.encode("latin-1"))
-        self.raw_requestline = re.sub("[\x80-\xff]", "?", first).encode()  # some of which it takes for white space
+        # parse_request() takes some characters beyond ASCII for white space.
+        self.raw_requestline = re.sub("[\x80-\xff]", "?", first).encode()
         self.parse_request()
         self.rfile, self.path = connection, match["target"]
         for name in [name for name in self.headers if "_" in name]:
@@ -1250,8 +1259,9 @@ class Server(ThreadingMixIn, TCPServer):
             self.handle_request()
             self.shut_late(time.monotonic())
         until = time.monotonic() + 1
+        # To close the listening socket would cut off the clients that are connected but not accepted yet.
         while select.select([self.socket], [], [], poll_interval)[0] and time.monotonic() < until:
-            self.handle_request()  # who is connected already would be cut off by the end of the listening socket
+            self.handle_request()
         self.server_close()
         closed = time.monotonic()
         while self.connections:
@@ -1284,7 +1294,7 @@ class Server(ThreadingMixIn, TCPServer):
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
-# The demo's PostgreSQL, run in its folder, with the folder of the programs and its own: the shell becomes the server.
+# Runs in the folder of the data. $0 is the folder of PostgreSQL's programs, $1 is that of its socket.
 START_POSTGRES = """
     test -e data/PG_VERSION || "$0/initdb" -D data -U postgres -A trust -E UTF8 &&
     exec "$0/postgres" -D data -h "" -k "$1"
@@ -1393,8 +1403,8 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
 
 def demo(environment: Mapping[str, str], host: str, port: int) -> None:
     """Serve on a private PostgreSQL in a temporary folder, with a runaway job in it; leaves nothing behind."""
-    noted: list[int] = []
-    on_signals(lambda number, _: noted.append(number))  # until there is a server to stop
+    signals: list[int] = []
+    on_signals(lambda number, _: signals.append(number))  # until there is a server to stop
     job_id = f"runaway-{time.time_ns() // 1_000_000}"
     token = environment.get("ADMIN_TOKEN") or secrets.token_urlsafe(24)
     shown = "$ADMIN_TOKEN" if environment.get("ADMIN_TOKEN") else token
@@ -1414,7 +1424,7 @@ psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
 
 Ctrl-C ends the service and its PostgreSQL."""
         settings = {**environment, "ADMIN_TOKEN": token, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
-        if not noted:
+        if not signals:
             serve(settings, host, port, announcement)
 
 

@@ -1,9 +1,9 @@
 -- What an installation has to change in a database, and the lock under which it does so.
 
--- lock_all_tables(): locks all of our tables that exist in ACCESS EXCLUSIVE mode, or none of them.
--- Workers lock jobs and executions in either order. An installer that keeps one of them while it waits for the other is
--- in a deadlock with some. So each wait is short, and after one that was not enough it lets go of all. It tries often
--- and at random times, until it meets a moment at which no worker is between the two.
+-- lock_all_tables(): locks those of our tables that exist, all of them or none, in ACCESS EXCLUSIVE mode.
+-- Workers lock jobs and executions in either order. An installer that kept one table while it waits for the other would
+-- be in a deadlock with some of them. So each wait is short, and if it fails, the installer lets go of all tables. It
+-- tries often and at random times, until it meets a moment at which no worker holds only one of the two.
 -- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 CREATE OR REPLACE FUNCTION lock_all_tables()
 RETURNS void LANGUAGE plpgsql VOLATILE
@@ -55,11 +55,10 @@ $$;
 --
 -- The indexes serve the stop, which looks for a job's active executions, the listing, which reads a job's executions in
 -- the order of their ids, and the batches, which look for their jobs. With them the size of the tables does not matter.
--- A stop adds a second entry for each active execution to the index on
--- (job_id, id), which has room for it.
+-- A stop adds a second entry for each active execution to the index on (job_id, id), which has room for it.
 -- AFTER triggers see the row as it ends up, whatever other triggers have made of it. A WHEN clause is read and planned
--- anew in each statement, which would cost more than the rest of a one-row update. So the WHEN clauses only let through
--- what every worker does, in as few words as possible, and the functions look closer.
+-- anew in each statement; a long one would cost more than the rest of a one-row update. So the WHEN clauses are short:
+-- they only save the function call for the updates that every worker makes. The functions look closer.
 CREATE OR REPLACE FUNCTION missing_parts()
 RETURNS TABLE (does text, statement text, fault text) LANGUAGE sql STABLE
 SET search_path FROM CURRENT

@@ -178,7 +178,7 @@ BEGIN
           AND 'search_path=' || current_setting('search_path') = ANY (p.proconfig)), true);
     FOR v_step IN SELECT * FROM installation_steps() LOOP
         RAISE NOTICE USING MESSAGE = v_step.does;
-        -- Triggers need their functions: 98_manifest.sql makes them.
+        -- 98_manifest.sql makes the triggers, when their functions exist.
         IF v_step.does NOT LIKE 'trigger %' THEN
             EXECUTE v_step.statement;
         END IF;

@@ -10,7 +10,8 @@ BEGIN
         FROM (VALUES ('to_job_id', 'jobs'), ('to_execution_id', 'executions')) AS f (name, table_name)
         JOIN pg_attribute a ON a.attrelid = to_regclass(f.table_name) AND a.attname = 'id'
     LOOP
-        -- The assignment refuses what is too long for the column; a cast to varchar(n) would cut it. Both cut spaces.
+        -- A cast to varchar(n) would cut an id that is too long; the assignment refuses it. But both cut spaces at the
+        -- end, which would make it another id: the comparison with left() refuses such an id.
         EXECUTE format('CREATE OR REPLACE FUNCTION %I(id text) RETURNS %s LANGUAGE plpgsql IMMUTABLE '
                        'SET search_path FROM CURRENT AS %L', v_function.name, v_function.id_type,
                        format(CASE v_function.id_type WHEN 'text'::regtype THEN 'BEGIN RETURN id; END' ELSE '
@@ -27,7 +28,7 @@ END;
 $$;
 
 -- job_barrier(id): the key of the advisory lock that is a job's barrier; id is jobs.id as text.
--- Whoever starts an execution of the job holds that lock shared until their transaction ends; the stop takes it alone.
+-- The head of 20_guard.sql says who takes it, and how.
 CREATE OR REPLACE FUNCTION job_barrier(id text)
 RETURNS bigint LANGUAGE plpgsql IMMUTABLE  -- a function in SQL would be planned anew in each call
 SET search_path FROM CURRENT
@@ -98,14 +99,14 @@ BEGIN
 END;
 $$;
 
--- notify_workers(channel, payload): tells those who listen, at the commit, if that cannot keep the transaction from
--- committing; else there is a WARNING.
+-- notify_workers(channel, payload): tells those who listen, at the commit; never makes the commit fail. If the queue is
+-- nearly full, it raises a WARNING instead. If the payload is too long for NOTIFY, nobody is told, without a WARNING.
 CREATE OR REPLACE FUNCTION notify_workers(channel text, payload json)
 RETURNS void LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    -- NOTIFY refuses a longer payload, and fails at the commit where the queue is full.
+    -- NOTIFY fails at the commit if the queue is full, and refuses a payload of 8,000 bytes or more.
     IF pg_notification_queue_usage() >= 0.9 THEN
         RAISE WARNING USING
             MESSAGE = format('nobody was notified on channel %s: the notification queue is nearly full', channel),

@@ -1,8 +1,8 @@
--- The guard: what is stopped stays stopped, whoever writes, however they write.
+-- The guard: triggers that refuse every statement that would start again what was stopped.
 --
--- Every job has a barrier, an advisory lock whose key is made of the job's id. Whoever starts an execution holds
--- it shared until their transaction ends, and the stop takes it alone. Advisory locks queue fairly, row locks do
--- not: a stop that waited for the job's row would be overtaken by inserters, whose foreign key shares it, for ever.
+-- Every job has a barrier, an advisory lock whose key is made of the job's id. A transaction that starts an execution
+-- holds the barrier shared until it ends. A stop takes the barrier alone. Advisory locks queue fairly; row locks do
+-- not: inserters, whose foreign key shares the job's row, would for ever overtake a stop that waited for that row.
 
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state

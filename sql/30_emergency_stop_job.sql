@@ -19,8 +19,8 @@
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
 --          works; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With
---          nothing left to stop it locks nothing. With force it ends the sessions that have held the job for that long,
---          and then waits for as long once more.
+--          nothing to stop or to record it locks nothing. With force it ends the sessions that have held the job for
+--          lock_timeout, and then waits for as long once more, but at least 1 s.
 --
 -- The cost of a stop is mostly that of plpgsql's own: each function that is called, each statement and each expression
 -- is made ready anew in each transaction. So the way of a stop that meets nobody has few of them.
@@ -278,8 +278,8 @@ BEGIN
 END;
 $$;
 
--- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers where there is nothing to
--- stop, else NULL. It changes and locks nothing. Raises 55P03 if the job has ended, but others hold its barrier.
+-- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers if nothing is to be stopped
+-- or recorded, else NULL. It changes nothing. Raises 55P03 if the job has ended, but others hold its barrier.
 CREATE OR REPLACE FUNCTION answer_if_ended(id text, asked_id text, sessions_ended int, barrier bigint)
 RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -289,18 +289,26 @@ DECLARE
     v_status     text;
     v_is_free    boolean;
     v_left_alone jsonb;
+    v_xmax       xid;
+    v_last_xmax  xid;
 BEGIN
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
     -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
-    -- that outlives the call costs more.
-    SELECT j.status, pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
-    INTO v_status, v_is_free
-    FROM jobs j
-    WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
-      AND (j.metadata @> '{"emergency_stop": true}'
-           OR (j.status <> 'failed' OR last_record(answer_if_ended.id) = 'stop')
-              AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
+    -- that outlives the call costs more. If there is no such row, v_is_free is NULL: an attempt has to be made.
+    LOOP
+        SELECT j.status, j.xmax,
+               pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
+        INTO v_status, v_xmax, v_is_free
+        FROM jobs j
+        WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
+          AND (j.metadata @> '{"emergency_stop": true}'
+               OR (j.status <> 'failed' OR last_record(answer_if_ended.id) = 'stop')
+                  AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
+        -- That transaction may have committed since this statement began: then another look finds another row.
+        EXIT WHEN v_xmax IS NULL OR v_xmax IN ('0', v_last_xmax);
+        v_last_xmax := v_xmax;
+    END LOOP;
     IF NOT v_is_free THEN
         RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
     ELSIF v_is_free THEN
@@ -412,7 +420,7 @@ DECLARE
     v_began        timestamptz;
     v_wait         interval := interval '5ms';
     v_attempt      int := 1;
-    v_ended        int;  -- sessions, once force has been used
+    v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
     v_gone         int;
     v_problem      text;
     v_answer       json;
@@ -434,10 +442,10 @@ BEGIN
     LOOP
         v_began := clock_timestamp();
         BEGIN
-            v_answer := answer_if_ended(v_id::text, id, COALESCE(v_ended, 0), v_barrier);
+            v_answer := answer_if_ended(v_id::text, id, COALESCE(v_terminated, 0), v_barrier);
             EXIT WHEN v_answer IS NOT NULL;
             v_answer := attempt_stop(
-                v_id::text, id, reason, COALESCE(v_ended, 0), caller, v_barrier, v_wait, v_attempt);
+                v_id::text, id, reason, COALESCE(v_terminated, 0), caller, v_barrier, v_wait, v_attempt);
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
@@ -453,11 +461,11 @@ BEGIN
         CONTINUE WHEN v_barred AND v_wait > '0';
 
         v_gone := end_or_name_holders(
-            id, v_patience, force AND v_ended IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
+            id, v_patience, force AND v_terminated IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
         IF v_gone = 0 THEN  -- nobody holds it any more: one last try
             v_deadline := clock_timestamp() + '100ms';
         ELSE
-            v_ended := v_gone;
+            v_terminated := v_gone;
             v_deadline := clock_timestamp() + greatest(v_patience, '1s');
         END IF;
         v_wait := '20ms';

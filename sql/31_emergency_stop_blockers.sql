@@ -3,7 +3,7 @@
 --          database_user, state, transaction_seconds (the age of its transaction), query (the first 200 characters of
 --          its last statement); no row for an unknown job
 -- Raises   read_only_sql_transaction (25006)  the transaction is read-only, and others hold rows of the job
--- Locks    for a moment those rows of the job that transactions which still run have locked before
+-- Locks    for a moment those rows of the job that others have locked before, but do not hold any more
 --
 -- It reads who holds what, and waits for nothing. Three things can hold up a stop: the job's barrier, which every
 -- session that starts an execution shares; the rows of the job and of its active executions; and locks on whole tables.
@@ -34,8 +34,10 @@ BEGIN
           AND e.ctid NOT IN (SELECT f.ctid FROM free f);
     RAISE triggered_action_exception;
 EXCEPTION
-    WHEN triggered_action_exception THEN  -- lets go of them
-    WHEN lock_not_available THEN  -- a whole table is locked: whoever holds that is known by it
+    -- The locks are given back. The rows that RETURN QUERY has added stay in the result.
+    WHEN triggered_action_exception THEN
+    -- A whole table is locked. holders_of_job() finds in pg_locks who locks it.
+    WHEN lock_not_available THEN
 END;
 $$;
 
@@ -171,12 +173,12 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_messages CONSTANT text := current_setting('client_min_messages');
-    -- emergency_stop_jobs() has waited before, without a stop that waits.
+    -- emergency_stop_jobs() passes a short patience; this setting then says how long a holder must have held the job.
     v_waited   CONSTANT interval :=
         COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
     v_held     record;
 BEGIN
-    -- Only who was there when the wait began has held the job for that long. Where all have come since, all are named.
+    -- A holder is overdue if its transaction is as old as the wait, or of unknown age. If none is, all are named.
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
            COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s)) AS holders,
            json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended

@@ -69,9 +69,9 @@ BEGIN
         v_stopped_at := v_stop.stopped_at;
         v_previous := v_stop.previous;
         -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
-        -- looked at. Written so that only the index on (job_id, id) gives the order, and set so that it is used. A
-        -- trigger of the application's may have set completed_at to the start of the stop's transaction: what came
-        -- after the stop before that counts.
+        -- looked at. Only the index on (job_id, id) gives this order, and this function's settings make the planner use
+        -- it. A trigger of the application's may have set completed_at to the start of the stop's transaction, so each
+        -- execution counts that was completed after the previous stop.
         WITH failed AS MATERIALIZED (
             SELECT e.id, e.started_at, e.output ? 'confirmed_at' AS is_confirmed
             FROM executions e

@@ -1,7 +1,7 @@
 -- emergency_stop_faults(): what would keep a stop from working, or from lasting, if the caller made it now.
 -- Returns  a sentence for each fault, none if there is none; a mere warning begins with "warning: "
 -- Raises   nothing of its own
--- Locks    nothing; it also works on a standby, and takes a few milliseconds at most
+-- Locks    tables in ACCESS SHARE mode, for which it waits 10 ms at most; no rows. It also works on a standby
 --
 -- It reads the catalogs only, no rows of the tables, but for a table of states.
 
@@ -51,8 +51,8 @@ SET search_path FROM CURRENT
 SET lock_timeout = '10ms'
 AS $$
 DECLARE
-    v_constraint  record;
-    v_allows boolean;
+    v_constraint record;
+    v_allows     boolean;
 BEGIN
     FOR v_constraint IN
         SELECT c.conname AS name, c.conrelid::regclass AS table_name, format_type(a.atttypid, a.atttypmod) AS type,
@@ -71,7 +71,7 @@ BEGIN
         ORDER BY c.conname
     LOOP
         BEGIN
-            -- It is of PostgreSQL's own writing. @plpgsql_check_options: security_warnings = off
+            -- PostgreSQL itself has written the expression. @plpgsql_check_options: security_warnings = off
             EXECUTE format('SELECT %s FROM (SELECT ''failed''::%s AS status) AS %s',
                            v_constraint.expression, v_constraint.type, v_constraint.table_name) INTO v_allows;
         EXCEPTION

@@ -42,14 +42,14 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_id      CONSTANT jobs.id%TYPE := to_job_id(time_out_job.id);
-    v_before  text;
+    v_status  text;
     v_stopped bigint;
 BEGIN
     -- Alone, so that no execution starts; and shared, by which a stop knows that we hold the job until we commit.
     PERFORM pg_advisory_xact_lock(job_barrier(id)), pg_advisory_xact_lock_shared(job_barrier(id));
     PERFORM FROM executions e
     WHERE e.job_id = v_id AND e.status IN ('pending', 'running', 'processing') FOR NO KEY UPDATE;
-    SELECT j.status INTO v_before
+    SELECT j.status INTO v_status
     FROM jobs j
     WHERE j.id = v_id AND j.status IN ('created', 'pending', 'processing')
       AND greatest(j.created_at, j.updated_at) <= time_out_job.since FOR NO KEY UPDATE;
@@ -61,7 +61,7 @@ BEGIN
     FROM fail_job(time_out_job.id, 'failed',
                   jsonb_build_object('timed_out', true, 'timed_out_at', utc_seconds(time_out_job.at)),
                   '{"error": "Job timed out"}', time_out_job.at) f;
-    RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_before, 'executions_stopped', v_stopped);
+    RETURN json_build_object('job_id', time_out_job.id, 'previous_status', v_status, 'executions_stopped', v_stopped);
 END;
 $$;
 

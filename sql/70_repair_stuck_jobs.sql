@@ -45,7 +45,7 @@ AS $$
 DECLARE
     v_now     CONSTANT timestamptz := clock_timestamp();
     v_ids     text[];
-    v_id      text;
+    v_key     text;
     v_job     record;
     v_jobs    json[] := '{}'::json[];
     v_skipped json;
@@ -65,30 +65,30 @@ BEGIN
     FROM jobs j, next_attempt(j.id::text, j.metadata) n
     WHERE j.status = 'failed' AND j.updated_at >= v_now - repair_stuck_jobs.max_age;
 
-    FOREACH v_id IN ARRAY v_ids LOOP
+    FOREACH v_key IN ARRAY v_ids LOOP
         EXIT WHEN cardinality(v_jobs) >= max_jobs OR clock_timestamp() > v_now + interval '5 s';
         -- Alone at the barrier, so that a stop that comes now does not take the job for ended; and shared, by which it
         -- knows that we hold the job until we commit. Then nobody else can change any of it, and we look again.
         BEGIN
-            PERFORM FROM jobs j WHERE j.id = to_job_id(v_id) AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
-            CONTINUE WHEN NOT FOUND OR NOT pg_try_advisory_xact_lock(job_barrier(v_id))
-                          OR NOT pg_try_advisory_xact_lock_shared(job_barrier(v_id));
+            PERFORM FROM jobs j WHERE j.id = to_job_id(v_key) AND j.status = 'failed' FOR NO KEY UPDATE SKIP LOCKED;
+            CONTINUE WHEN NOT FOUND OR NOT pg_try_advisory_xact_lock(job_barrier(v_key))
+                          OR NOT pg_try_advisory_xact_lock_shared(job_barrier(v_key));
             UPDATE jobs j
             SET status = 'pending', updated_at = v_now, metadata = as_object(j.metadata, 'previous_metadata')
                     || jsonb_build_object('republish_count', n.attempt, 'republished_at', utc_seconds(v_now))
-            FROM jobs f, next_attempt(v_id, f.metadata) n
-            WHERE j.id = to_job_id(v_id) AND f.id = j.id AND n.skipped IS NULL
+            FROM jobs f, next_attempt(v_key, f.metadata) n
+            WHERE j.id = to_job_id(v_key) AND f.id = j.id AND n.skipped IS NULL
             RETURNING j.status, n.attempt INTO v_job;
         EXCEPTION WHEN plpgsql_error OR integrity_constraint_violation OR data_exception
                        OR syntax_error_or_access_rule_violation OR object_not_in_prerequisite_state
                        OR serialization_failure OR deadlock_detected THEN  -- lets go of what it has locked
-            RAISE WARNING 'job % is not republished: %', quote_literal(v_id), SQLERRM;
+            RAISE WARNING 'job % is not republished: %', quote_literal(v_key), SQLERRM;
             CONTINUE;
         END;
         CONTINUE WHEN v_job.status IS DISTINCT FROM 'pending';  -- such as when a trigger of the application's keeps it
         PERFORM notify_workers('job_republished', json_build_object(
-            'job_id', v_id, 'republished_at', utc_seconds(v_now), 'attempt', v_job.attempt));
-        v_jobs := v_jobs || json_build_object('job_id', v_id, 'previous_status', 'failed', 'attempt', v_job.attempt);
+            'job_id', v_key, 'republished_at', utc_seconds(v_now), 'attempt', v_job.attempt));
+        v_jobs := v_jobs || json_build_object('job_id', v_key, 'previous_status', 'failed', 'attempt', v_job.attempt);
     END LOOP;
 
     PERFORM commit_durably() WHERE cardinality(v_jobs) > 0;

@@ -806,6 +806,23 @@ def test_a_job_that_ends_by_itself_while_the_stop_waits_is_left_alone(connect, d
     assert audit(db, job_id) == []
 
 
+def test_a_job_that_is_set_back_at_the_very_moment_of_the_look_is_stopped(connect, db, make_job, service):
+    """Once in some hundred runs the answer was "already in terminal state": the look had begun before the commit, and the
+    question whether the transaction still runs came after it."""
+    job_id = make_job(status="completed", completed=1)
+    worker = connect(autocommit=False)
+    worker.execute("UPDATE jobs SET status = 'pending' WHERE id = %s", (job_id,))
+    found = "    -- pg_xact_status takes"
+    change_function(db, "is_running", found, f"    PERFORM pg_advisory_xact_lock_shared(42);\n{found}")
+    db.execute("SELECT pg_advisory_lock(42)")
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+        db.execute("SELECT pg_advisory_unlock(42)")
+    assert stop.result["previous_status"] == "pending"
+
+
 @pytest.mark.parametrize("savepoint", ["SELECT 1", "SAVEPOINT s"])
 @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
 def test_a_job_that_is_just_being_set_back_is_waited_for_and_stopped(connect, db, make_job, service, status, savepoint):
