@@ -295,7 +295,7 @@ BEGIN
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
     -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
-    -- that outlives the call costs more. If there is no such row, v_is_free is NULL: an attempt has to be made.
+    -- that outlives the call costs more.
     LOOP
         SELECT j.status, j.xmax,
                pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
@@ -305,21 +305,22 @@ BEGIN
           AND (j.metadata @> '{"emergency_stop": true}'
                OR (j.status <> 'failed' OR last_record(answer_if_ended.id) = 'stop')
                   AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
+        IF NOT FOUND THEN
+            RETURN NULL;  -- an attempt has to be made
+        ELSIF NOT v_is_free THEN
+            RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+        END IF;
         -- That transaction may have committed since this statement began: then another look finds another row.
-        EXIT WHEN v_xmax IS NULL OR v_xmax IN ('0', v_last_xmax);
+        EXIT WHEN v_xmax IN ('0', v_last_xmax);
         v_last_xmax := v_xmax;
     END LOOP;
-    IF NOT v_is_free THEN
-        RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
-    ELSIF v_is_free THEN
-        PERFORM FROM executions e
-        WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
-        v_left_alone := CASE WHEN FOUND THEN unfinished_executions(answer_if_ended.id) END;
-        IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
-            RETURN json_strip_nulls(json_build_object(
-                'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
-                'action', 'none', 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
-        END IF;
+    PERFORM FROM executions e
+    WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
+    v_left_alone := CASE WHEN FOUND THEN unfinished_executions(answer_if_ended.id) END;
+    IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
+        RETURN json_strip_nulls(json_build_object(
+            'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
+            'action', 'none', 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
     END IF;
     RETURN NULL;
 END;
