@@ -192,7 +192,8 @@ DECLARE
     v_id        CONSTANT jobs.id%TYPE := require_stopped.id;
     v_status    text;
     v_is_marked boolean;
-    v_unmarked  CONSTANT bigint := greatest(marked - marked_executions(id), 0);
+    v_unmarked  CONSTANT bigint :=
+        CASE WHEN marked IS NULL THEN 0 ELSE greatest(marked - marked_executions(id), 0) END;
 BEGIN
     SELECT j.status, require_stopped.marked IS NULL OR j.metadata @> '{"emergency_stop": true}'
     INTO v_status, v_is_marked

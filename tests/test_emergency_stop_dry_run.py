@@ -6,7 +6,7 @@ import threading
 import psycopg
 import pytest
 
-from conftest import in_thread, wait_until
+from conftest import change_function, count_active, in_thread, wait_until
 
 DRY_RUN = "SELECT emergency_stop_dry_run(%s)"
 HAS_LOCKS = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND locktype <> 'virtualxid')"
@@ -178,3 +178,13 @@ def test_the_ten_thousand_are_those_of_the_job_alone_in_whatever_active_state(ma
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="more than 10000 active executions"):
         dry_run(large)
     assert dry_run(small)["executions_stopped"] == 1
+
+
+def test_it_is_also_refused_if_the_executions_could_not_be_counted_before(db, make_job, dry_run):
+    """As beside a locked table: then only the stop that is rolled back counts them."""
+    job_id = make_job(running=10_001)
+    change_function(db, "emergency_stop_dry_run", "OFFSET 10000", "OFFSET 20000")
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="more than 10000"):
+        dry_run(job_id)
+    assert count_active(db, job_id) == 10_001

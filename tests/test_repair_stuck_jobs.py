@@ -6,7 +6,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from conftest import TOKEN, Client, age, in_thread, is_waiting, wait_until
+from conftest import TOKEN, Client, age, change_function, in_thread, is_waiting, wait_until
 
 
 @pytest.fixture
@@ -370,3 +370,11 @@ def test_a_job_that_may_not_be_set_back_keeps_no_other_from_it(db, make_job, rep
 
     answer = repair()
     assert (sorted(ids(answer)), answer["more"]) == ([jobs[0], jobs[2]], True)
+
+
+def test_it_ends_after_five_seconds_and_says_that_some_are_left(db, make_job, repair):
+    make_job(status="failed")
+    change_function(db, "repair_stuck_jobs", "interval '5 s'", "interval '-1 s'")
+
+    answer = repair()
+    assert (ids(answer), answer["more"]) == ([], True)

@@ -742,3 +742,20 @@ def test_a_job_that_a_trigger_does_not_let_fail_keeps_no_other_from_it(db, servi
     assert (sorted(ids(answer)), answer["more"]) == ([jobs[0], jobs[2]], True)
     assert warned == [f"job 'b' is not timed out: {said}"]
     assert count_active(db, "b") == 1
+
+
+def test_beside_a_trigger_of_the_application_s_the_history_of_a_job_is_not_read(connect, db, make_job):
+    """Marks of stops need not be counted. Common triggers, such as those that set a time, made each time-out count them."""
+    job_id = make_job(running=1, completed=3_000)
+    db.execute("""
+        CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
+        CREATE TRIGGER touch BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION touch()""")
+    age(db, 60, job_id)
+    db.execute("VACUUM ANALYZE executions")
+    session = connect(autocommit=False)
+    session.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
+    reads = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'executions'"
+
+    assert session.execute("SELECT timeout_stuck_jobs()").fetchone()[0]["timed_out_count"] == 1
+    (read,) = session.execute(reads).fetchone()
+    assert read < 2 * 3_001 + 100, "twice to see that nothing was done lately, and not once more"
