@@ -105,6 +105,12 @@ ROUTES = [
     (r"/health/ready", "GET", "health_ready"),
 ]
 
+# What may stand in the query of an admin call.
+PARAMETERS = {
+    "runaways": ["minutes", "max_jobs"],
+    "timeout_stuck_jobs": ["threshold_minutes"],
+    "repair_stuck_jobs": ["max_age_hours"],
+}
 SETTINGS = [
     "ADMIN_TOKEN", "DATABASE_URL", "BEACON_READ_DATABASE_URL", "BEACON_ADMIN_RATE", "BEACON_FAILED_RATE",
     "BEACON_READ_RATE", "BEACON_TRUSTED_PROXIES", "BEACON_LOCK_TIMEOUT", "BEACON_STATEMENT_TIMEOUT",
@@ -660,6 +666,7 @@ class Application:
             (self.admin_calls if request.has_token else self.failed_calls).take(client)
             if not request.has_token:
                 raise HTTPError(403, "forbidden")
+            request.require_parameters(PARAMETERS.get(name, []))
         elif path.startswith("/api/"):
             self.reads.take(client)
         answer = getattr(self, name)(request, *map(checked_text, ids))
@@ -877,24 +884,36 @@ class Request:
             address = read_address(hops[-trusted_proxies].strip()) or address
         return read_address(address) or address
 
-    def read_query(self, name: str) -> str | None:
-        """The named parameter, None where the query has none; raises HTTPError 400 if it is there twice."""
+    def read_query(self) -> dict[str, list[str]]:
+        """The parameters, each with all its values; raises HTTPError 400 for what is not UTF-8."""
         text = self.environ.get("QUERY_STRING", "")
         try:  # bytes that were not percent-encoded arrive as Latin-1 characters
             query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
-            values = [each.encode("latin-1").decode() for each in query.get(name, ())]
+            return {
+                name.encode("latin-1").decode(): [each.encode("latin-1").decode() for each in values]
+                for name, values in query.items()
+            }
         except ValueError:
             raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
+
+    def require_parameters(self, known: list[str]) -> None:
+        """Refuse a parameter that the route does not know: ?dry_run=true must not stop a job in earnest."""
+        if self.environ.get("QUERY_STRING") and (unknown := sorted(self.read_query().keys() - set(known))):
+            raise bad(f"query has an unknown parameter {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
+
+    def read_parameter(self, name: str) -> str | None:
+        """The named parameter, None where the query has none; raises HTTPError 400 if it is there twice."""
+        values = self.read_query().get(name, [])
         if len(values) > 1:
             raise bad(f"{name} is given {len(values)} times: expected once")
         return values[0] if values else None
 
     def read_text(self, name: str) -> str | None:
-        text = self.read_query(name)
+        text = self.read_parameter(name)
         return text if text is None else checked_text(text, name.replace("_", " "))
 
     def read_number(self, name: str, default: int, high: int) -> int:
-        text = self.read_query(name)
+        text = self.read_parameter(name)
         text = str(default) if text is None else text
         if not re.fullmatch(r"[0-9]{1,19}", text) or not 1 <= int(text) <= high:
             raise bad(f"{name} cannot be used: expected a whole number from 1 to {high}")

@@ -63,7 +63,8 @@ BEGIN
         RAISE lock_not_available
             USING MESSAGE = format('job %L is locked', release_job.id),
                   DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
-                  HINT = 'The sessions that are named hold it. Nothing was changed. Try again when they have ended.';
+                  HINT = 'Those that are named hold it. Nothing was changed. Try again when they have ended; a prepared '
+                         'transaction, which has the pid 0, ends with ROLLBACK PREPARED or COMMIT PREPARED.';
     END;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
     IF v_answer IS NOT NULL THEN

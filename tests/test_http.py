@@ -246,6 +246,31 @@ def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
     assert count_active(db, job_id) == 1
 
 
+UNKNOWN_PARAMETERS = {  # 1.0 did not look at them: it stopped the job of ?dry_run=true
+    "POST /admin/jobs/{job_id}/emergency-stop?dry_run=true": "'dry_run': expected none",
+    "POST /admin/jobs/{job_id}/emergency-stop?force": "'force': expected none",
+    "GET /admin/jobs/{job_id}/emergency-stop?x=": "'x': expected none",
+    "POST /admin/jobs/{job_id}/release?reason=x&status=pending": "'reason': expected none",
+    "POST /admin/emergency-stop?job_ids={job_id}": "'job_ids': expected none",
+    "GET /admin/runaways?minutes=5&m%C3%A4x=1": "'mäx': expected minutes, max_jobs",
+    "POST /admin/timeout-stuck-jobs?threshold=90": "'threshold': expected threshold_minutes",
+    "POST /admin/repair-stuck-jobs?max_age=1": "'max_age': expected max_age_hours",
+}
+
+
+@pytest.mark.parametrize("call", UNKNOWN_PARAMETERS)
+def test_parameters_that_are_not_known_change_nothing(client, make_job, db, call):
+    job_id = make_job(running=1)
+    method, target = call.format(job_id=job_id).split()
+    path, _, query = target.partition("?")
+
+    assert client(method, path, query=query).status == 403
+    answer = client(method, path, query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert answer.status == 400
+    assert answer.json == {"error": f"query has an unknown parameter {UNKNOWN_PARAMETERS[call]}"}
+    assert count_active(db, job_id) == 1
+
+
 def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
     job_id = make_job(running=1)
     body = b"{}".ljust(16 * 1024)
