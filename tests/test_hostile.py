@@ -243,6 +243,17 @@ def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_w
         stopper.rollback()
 
 
+def test_workers_that_start_executions_of_one_job_again_do_not_hold_up_one_another(connect, make_job, db):
+    job_id = make_job(completed=2)
+    first, second = connect(autocommit=False), connect(autocommit=False)
+
+    first.execute("UPDATE executions SET status = 'running' WHERE id = (SELECT min(id) FROM executions)")
+    second.execute("UPDATE executions SET status = 'running' WHERE id = (SELECT max(id) FROM executions)")
+    first.commit()
+    second.commit()
+    assert count_active(db, job_id) == 2
+
+
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_above_read_committed_an_insert_neither_waits_for_a_change_of_the_job_nor_holds_one_up(connect, db, make_job, level):
     job_id = make_job()

@@ -121,6 +121,15 @@ def test_rows_that_are_hidden_from_the_owner_are_an_error_not_unknown(db, connec
                 db.execute(call)
 
 
+def test_a_job_that_is_hidden_from_the_guard_takes_no_execution(db, make_job):
+    job_id = make_job(completed=1)
+    hide_rows(db)
+
+    for start in ("INSERT INTO executions (job_id) VALUES (%s)", "UPDATE executions SET status = 'running' WHERE job_id = %s"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+            db.execute(start, (job_id,))
+
+
 def hide_rows(db: psycopg.Connection) -> None:
     """Make an ordinary role the owner of all, from whom the tables hide every row."""
     db.execute("DROP ROLE IF EXISTS beacon_owner")
