@@ -204,43 +204,50 @@ def test_an_insert_waits_a_moment_for_an_open_stop_and_is_then_refused(connect, 
     assert count_active(db, job_id) == 2
 
 
-def test_an_insert_that_gets_the_barrier_within_that_moment_keeps_its_lock_timeout(connect, db, make_job):
+def test_inserts_that_get_the_barrier_within_that_moment_keep_their_lock_timeout(connect, db, make_job):
     job_id = make_job(running=1)
-    stopper, worker = connect(autocommit=False), connect()
-    worker.execute("SET lock_timeout = '15s'")
+    stopper, worker, other = (connect(autocommit=False) for _ in range(3))
+    insert = ("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
 
-    for _ in range(50):  # until one has waited and was admitted
+    for _ in range(50):  # until both have waited and were admitted
         stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+        worker.execute("SET LOCAL lock_timeout = '15s'")
         try:
-            with in_thread(worker.execute, "INSERT INTO executions (job_id) VALUES (%s)", (job_id,)):
-                wait_until(lambda: db.execute(WAITS, (worker.info.backend_pid,)).fetchone()[0])
+            with in_thread(worker.execute, *insert), in_thread(other.execute, *insert):
+                wait_until(lambda: all(db.execute(WAITS, (each.info.backend_pid,)).fetchone()[0] for each in (worker, other)), 0.3)
                 stopper.rollback()
             break
-        except psycopg.errors.SerializationFailure:  # this machine was too slow
-            stopper.rollback()
+        except (psycopg.errors.SerializationFailure, AssertionError):  # this machine was too slow
+            for session in (stopper, worker, other):
+                session.rollback()
     else:
-        pytest.fail("no insert was admitted")
+        pytest.fail("not both inserts were admitted")
     assert worker.execute("SHOW lock_timeout").fetchone() == ("15s",)
+    worker.commit()
+    assert worker.execute("SHOW lock_timeout").fetchone() == ("0",)
 
 
-def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_waits(connect, db, make_job):
+@pytest.mark.parametrize(
+    "heartbeat", ["UPDATE jobs SET updated_at = now() WHERE id = %s", "UPDATE executions SET started_at = now() WHERE job_id = %s"]
+)
+def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_waits(connect, db, make_job, heartbeat):
     """With 50 ms for each, a row of sixteen workers who wait for one another keeps a stop for a second, again and again."""
-    job_id, held = make_job(running=1), make_job()
-    stopper, worker, other = connect(autocommit=False), connect(autocommit=False), connect()
+    job_id, held, free = make_job(running=1), make_job(running=1), make_job(running=1)
+    stopper, worker, bystander, other = (connect(autocommit=False) for _ in range(4))
     insert = "INSERT INTO executions (job_id) VALUES (%s)"
-    heartbeat = ("UPDATE jobs SET updated_at = now() WHERE id = %s", (held,))
     change_function(db, "admit_execution", "'50ms'", "'1h'")
     stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
-    worker.execute(*heartbeat)
+    worker.execute(heartbeat, (held,))
+    bystander.execute(heartbeat, (free,))
 
-    with in_thread(other.execute, *heartbeat):
+    with in_thread(other.execute, heartbeat, (held,)):
         wait_until(lambda: is_waiting(db, other))
-        with pytest.raises(psycopg.errors.SerializationFailure, match="is under way"):
-            worker.execute(insert, (job_id,))  # as it would in an hour if it waited
-        worker.rollback()
-    with in_thread(worker.execute, insert, (job_id,)):
-        wait_until(lambda: is_waiting(db, worker))
-        stopper.rollback()
+        with in_thread(bystander.execute, insert, (job_id,)):
+            wait_until(lambda: is_waiting(db, bystander))
+            with pytest.raises(psycopg.errors.SerializationFailure, match="is under way"):
+                worker.execute(insert, (job_id,))  # as it would in an hour if it waited
+            worker.rollback()
+            stopper.rollback()
 
 
 def test_workers_that_start_executions_of_one_job_again_do_not_hold_up_one_another(connect, make_job, db):
