@@ -58,7 +58,7 @@ from queue import Empty, SimpleQueue
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
-from urllib.parse import parse_qs, unquote, unquote_to_bytes
+from urllib.parse import parse_qs, unquote_to_bytes
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
 from wsgiref.simple_server import WSGIRequestHandler
@@ -120,8 +120,6 @@ MAX_ID, MAX_STATUS, MAX_REASON, MAX_ACTOR = 255, 255, 1_000, 200  # characters
 MAX_IDS = 100  # jobs in one call
 MAX_BODY, MAX_BODY_OF_SEVERAL, MAX_HEAD = 16 * 1024, 256 * 1024, 16 * 1024  # bytes
 YEAR = 8_760  # hours
-# float() reads numbers that are too long for int(). int("NaN") and int("Infinity") fail: JSON has no such constants.
-BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int)
 PAGE_ROWS, PAGE_BYTES = 1_000, 256 * 1024  # of a listing, read from the database at a time
 POOL_TIMEOUT = 5.0  # seconds that a call waits for a database connection
 AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
@@ -251,6 +249,16 @@ def bad(error: str) -> HTTPError:
 
 def unavailable(error: str, **details: Any) -> HTTPError:
     return HTTPError(503, error, {"Retry-After": "2"}, **details)
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise bad("body has a key twice: expected each once")
+    return found
+
+
+# float() reads numbers that are too long for int(). int("NaN") and int("Infinity") fail: JSON has no such constants.
+BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int, object_pairs_hook=read_object)
 
 
 # --- The log ----------------------------------------------------------------------------------------------------------
@@ -655,11 +663,10 @@ class Application:
         request.event = "refused" if is_admin else ""  # until its route is found
         self.open()
         client = request.noted["client"] = request.read_client(self.settings.trusted_proxies)
+        request.noted["job_id"] = read_job_id(path)  # for the log, whatever comes of it
         name, ids = find_route(request.method, path)
         if is_admin:
             request.event = name
-            if ids:  # for the log, whatever comes of it
-                request.noted["job_id"] = ids[0][:MAX_ID].encode("utf-8", "replace").decode()
             token = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
             request.has_token = hmac.compare_digest(token, self.settings.admin_token)
             # The limit comes after the token: strangers cannot use up the operators' share.
@@ -731,7 +738,7 @@ class Application:
         ids = body["job_ids"]
         if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_IDS or len({*map(str, ids)}) < len(ids):
             raise bad(f"job_ids cannot be used: expected a list of 1 to {MAX_IDS} ids, each of them once")
-        ids = [checked_text(each) for each in ids]
+        ids = request.noted["job_ids"] = [checked_text(each) for each in ids]
         answers = self.stop_all(ids, request, body["reason"], bool(body["force"]))
         summaries = [json.loads(answers[job_id]) for job_id in ids]
         kinds = [outcome_of(summary).replace("executions_stopped", "already_terminal") for summary in summaries]
@@ -740,16 +747,17 @@ class Application:
             counts["failed"] = failed
         for key in ("executions_stopped", "sessions_ended"):
             request.noted[key] = sum(summary.get(key, 0) for summary in summaries)
-        request.noted |= {"job_ids": ids, **counts}
+        request.noted |= counts
         return f'{{"results": [{", ".join(answers[job_id] for job_id in ids)}], {json.dumps(counts)[1:]}'
 
     def stop_all(self, ids: list[str], request: Request, reason: str | None, force: bool) -> dict[str, str]:
         """emergency_stop_jobs' answers by job. It is asked again for those that are locked, with waits that double.
 
-        One lock timeout bounds all waits together. With force, the sessions in the way are ended after that.
+        One lock timeout bounds all waits together. With force, the sessions in the way are ended after that. What the
+        database refuses of one job undoes no other stop: then each goes by itself, and the error is that job's answer.
         """
         answers, rest, wait, left = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
-        deadline = time.monotonic() + left
+        deadline, refusal = time.monotonic() + left, None
         while rest and left > 0:
             left = deadline - time.monotonic()
             values = (reason, request.caller(), force and left <= 0, max(0.001, min(wait, left / len(rest))))
@@ -758,20 +766,24 @@ class Application:
                 group = groups.pop()
                 try:
                     answers |= dict(self.admin_pool.fetch(STOP_JOBS, group, *values))
-                except psycopg.Error as error:
+                except (psycopg.Error, HTTPError) as error:
                     refusal = explain(error, request)
-                    if refusal.status != 500:
-                        raise
-                    if len(group) > 1:  # one that the database refuses must not undo the others: each by itself
+                    is_away = isinstance(error, HTTPError) or is_lost(error)
+                    if len(group) > 1 and not is_away:
                         groups = [[job_id] for job_id in group]
-                    else:
-                        answers[group[0]] = json.dumps({"error": refusal.error, "job_id": group[0], **refusal.details})
+                        continue
+                    if is_away:
+                        group, groups = [*group, *chain(*groups)], []
+                    told = {"error": refusal.error, "job_id": "", **refusal.details}
+                    answers |= {job_id: json.dumps({**told, "job_id": job_id}) for job_id in group}
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
             wait *= 2
+        told_of = {json.loads(answer).get("error") for answer in answers.values()}
+        if refusal and refusal.status != 500 and told_of == {refusal.error}:
+            raise refusal
         return answers
 
     def runaways(self, request: Request) -> str:
-        request.has_values = True
         minutes, max_jobs = request.read_number("minutes", 5, 1_440), request.read_number("max_jobs", 20, 100)
         return self.admin_pool.ask(RUNAWAY_JOBS, minutes, max_jobs)
 
@@ -831,6 +843,12 @@ class Application:
             raise unavailable("the emergency stop would not work: see faults", faults=faults)
         warnings = [sentence.removeprefix("warning: ") for sentence in sentences]
         return json.dumps({"ok": True, **({"warnings": warnings} if warnings else {})})
+
+
+def read_job_id(path: str) -> str | None:
+    """The id in the path of an admin call, as far as it can be told; for the log only."""
+    found = re.fullmatch(r"/admin/jobs/(.*)/[a-z-]+", path, re.DOTALL)
+    return found[1].encode("latin-1").decode("utf-8", "replace")[:MAX_ID] if found else None
 
 
 def find_route(method: str, path: str) -> tuple[str, list[str]]:
@@ -928,11 +946,11 @@ class Request:
             raise bad("body is not JSON: expected a JSON object or no body") from None
         if not isinstance(body, dict):
             raise bad("body is not a JSON object: expected one such as {} or no body")
-        if unknown := sorted(body.keys() - set(known)):
-            raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
         for name, high in (("reason", MAX_REASON), ("actor", MAX_ACTOR)):
             if body.get(name) is not None:
                 self.noted[name] = checked_text(body[name], name, high, low=0)
+        if unknown := sorted(body.keys() - set(known)):
+            raise bad(f"body has an unknown key {unknown[0][:100]!r}: expected {', '.join(known) or 'none'}")
         for name in ("force", "dry_run"):
             if not isinstance(body.get(name), (bool, type(None))):
                 raise bad(f"{name} cannot be used: expected true or false")
@@ -1003,14 +1021,16 @@ def explain(error: Exception, request: Request) -> HTTPError:
     if isinstance(error, psycopg.Error):
         if is_lost(error):
             return unavailable("database unavailable")
-        if isinstance(error, errors.QueryCanceled) and error.diag.source_function != "exec_stmt_raise":
-            return unavailable("statement timeout: the database took too long")
-        if isinstance(error, errors.ReadOnlySqlTransaction):
-            return unavailable("database is read-only")
-        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)):
-            return bad("a value cannot be used: the database cannot hold it")
+        # PostgreSQL's own, or sql/'s, which bears this schema name; not what a trigger of the application's has raised.
+        is_ours = error.diag.source_function != "exec_stmt_raise" or error.diag.schema_name == "beacon_stop"
         message, is_locked = error.diag.message_primary or str(error), isinstance(error, errors.LockNotAvailable)
-        if isinstance(error, errors.InvalidParameterValue) and request.has_values:
+        if isinstance(error, errors.QueryCanceled) and is_ours:
+            return unavailable("statement timeout: the database took too long")
+        if isinstance(error, errors.ReadOnlySqlTransaction) and is_ours:
+            return unavailable("database is read-only")
+        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)) and is_ours:
+            return bad("a value cannot be used: the database cannot hold it")
+        if isinstance(error, errors.InvalidParameterValue) and is_ours and request.has_values:
             return bad(message)
         if is_locked and (held := read_holders(error)):
             hint, holders = error.diag.message_hint, held["blocked_by"]
@@ -1019,7 +1039,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
         if request.has_token:
             told = {"message": message, "sqlstate": error.sqlstate}
-        if is_locked and request.event != "emergency_stop":
+        if is_locked and request.event not in ("emergency_stop", "release"):
             return unavailable("tables are locked", **told)
         is_call = not error.diag.context  # the call itself is refused, nothing inside of the function
         if is_call and isinstance(error, NOT_READY):
@@ -1237,10 +1257,11 @@ class Client(WSGIRequestHandler):
         """Log a request that cannot be read, and return what is known of it."""
         given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
         request_id = {"HTTP_X_REQUEST_ID": given[1]} if given else {}
-        request = Request({"REQUEST_METHOD": head.split(" ")[0], "SERVER_PROTOCOL": "HTTP/1.1", **request_id})
-        found = re.match(r"\S* /admin/jobs/([^ ?]*)/[a-z-]+[ ?]", head)
-        request.noted |= {"client": self.client_address[0], "outcome": error.error}
-        request.noted["job_id"] = unquote(found[1])[:MAX_ID] if found else None
+        known = {"REQUEST_METHOD": head.split(" ")[0], "REMOTE_ADDR": self.client_address[0], **request_id}
+        request = Request({"SERVER_PROTOCOL": "HTTP/1.1", **known})
+        path = re.sub(r"^\S* |[ ?].*", "", head, flags=re.DOTALL)
+        request.noted |= {"client": request.read_client(0), "outcome": error.error}
+        request.noted["job_id"] = read_job_id(unquote_to_bytes(path.encode("latin-1")).decode("latin-1"))
         duration = round((time.monotonic() - self.began) * 1000, 3)
         log_event("refused", **request.noted, duration_ms=duration, status=error.status)
         return request

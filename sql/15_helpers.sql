@@ -55,7 +55,8 @@ BEGIN
     END IF;
     IF current_setting('transaction_read_only')::boolean THEN
         RAISE read_only_sql_transaction
-            USING MESSAGE = format('%s cannot run in a read-only transaction', function_name),
+            USING SCHEMA = 'beacon_stop',  -- by which the service knows that no trigger has raised it
+                  MESSAGE = format('%s cannot run in a read-only transaction', function_name),
                   DETAIL = 'On a standby, jobs may be missing, or not yet be what they are on the primary.',
                   HINT = 'Call it on the primary.';
     END IF;

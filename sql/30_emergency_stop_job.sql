@@ -388,8 +388,9 @@ BEGIN
         VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
     END IF;
-    -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work.
-    PERFORM pg_advisory_xact_lock_shared(barrier);
+    -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work, also on other jobs.
+    PERFORM pg_advisory_xact_lock_shared(barrier)
+    WHERE current_setting('beacon_stop.is_several', true) IS DISTINCT FROM 'on';
     RETURN json_strip_nulls(CASE
         WHEN v_has_ended THEN json_build_object(
             'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,

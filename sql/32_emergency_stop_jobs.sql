@@ -4,7 +4,8 @@
 -- that have held a job for lock_timeout (10 s where that is 0), and no others.
 -- Returns  a row for each id, in the order given: id, and summary, which is emergency_stop_job's answer, or
 --          {"error": "job is locked", "job_id": "a", "blocked_by": [...]} where others held the job for longer than
---          patience (with "not_ended", as emergency_stop_job says): of that job nothing was changed
+--          patience (with "not_ended", as emergency_stop_job says; with "message", where nobody is known to hold it):
+--          of that job nothing was changed
 -- Raises   what emergency_stop_job raises, but for lock_not_available
 -- Locks    what emergency_stop_job locks, job by job in the order of the ids, all until the transaction ends
 CREATE OR REPLACE FUNCTION emergency_stop_jobs(
@@ -21,6 +22,7 @@ DECLARE
     v_detail       text;
 BEGIN
     PERFORM require_read_committed('emergency_stop_jobs');
+    PERFORM set_config('beacon_stop.is_several', 'on', true);
     IF force THEN  -- only against those who have held a job for lock_timeout
         PERFORM set_config('beacon_stop.waited', v_held_for::text, true);
     END IF;
@@ -39,11 +41,17 @@ BEGIN
                 WHEN v_detail LIKE '{%' THEN json_build_object(
                     'error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_detail::json -> 'blocked_by',
                     'not_ended', v_detail::json -> 'not_ended')
-                ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id,
-                                       'blocked_by', COALESCE(NULLIF(v_detail, ''), '[]')::json)
+                WHEN v_detail = '' THEN json_build_object(
+                    'error', 'job is locked', 'job_id', v_job.id, 'blocked_by', '[]'::json, 'message', SQLERRM)
+                ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_detail::json)
             END;
         END;
     END LOOP;
+    -- This stop is done with all of them only now.
+    PERFORM set_config('beacon_stop.is_several', '', true);
+    PERFORM pg_advisory_xact_lock_shared(job_barrier(to_job_id(j.id)::text))
+    FROM unnest(ids, v_summaries) AS j (id, summary)
+    WHERE j.summary ->> 'stopped_at' IS NOT NULL;
     -- Before the commit, in which NOTIFY waits for others who are committing.
     PERFORM set_config('lock_timeout', v_lock_timeout, true), set_config('beacon_stop.waited', '', true);
     RETURN QUERY SELECT j.id, j.summary FROM unnest(ids, v_summaries) AS j (id, summary);

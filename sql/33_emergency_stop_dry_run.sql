@@ -37,7 +37,8 @@ BEGIN
     END IF;
     IF v_is_large THEN
         RAISE invalid_parameter_value
-            USING MESSAGE = format('job %L has more than 10000 active executions: expected at most that many for a '
+            USING SCHEMA = 'beacon_stop',
+                  MESSAGE = format('job %L has more than 10000 active executions: expected at most that many for a '
                                    'dry run', emergency_stop_dry_run.id),
                   HINT = 'emergency_stop_status(id) counts them without changing anything.';
     END IF;

@@ -32,9 +32,10 @@ DECLARE
 BEGIN
     PERFORM require_read_committed('release_job');
     IF (length(btrim(reason)) > 0 AND length(reason) <= 1000) IS NOT TRUE THEN
-        RAISE invalid_parameter_value USING MESSAGE = 'reason is missing or too long: expected 1 to 1000 characters';
+        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop',
+            MESSAGE = 'reason is missing or too long: expected 1 to 1000 characters';
     ELSIF (length(release_job.status) BETWEEN 1 AND 255 AND release_job.status <> 'failed') IS NOT TRUE THEN
-        RAISE invalid_parameter_value USING MESSAGE =
+        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop', MESSAGE =
             'status is missing, too long, or failed: expected the state that the job goes on in, 1 to 255 characters';
     ELSIF jsonb_typeof(caller) <> 'object' THEN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';

@@ -21,7 +21,7 @@ DECLARE
     v_bytes  bigint := 0::bigint;
 BEGIN
     IF v_after IS NULL AND list_executions.after IS NOT NULL THEN
-        RAISE invalid_parameter_value USING MESSAGE = format(
+        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop', MESSAGE = format(
             'after is %L: expected the id of an execution, of type %s', list_executions.after, pg_typeof(v_after));
     END IF;
     FOR id, execution IN

@@ -114,10 +114,17 @@ def test_whatever_undoes_the_stop_is_an_error_and_never_ok(make_app, db, make_jo
     assert "could not be stopped" in answer.json["message"]
 
 
-@pytest.mark.parametrize("sqlstate", ["P0002", "55000", "55P03", "22012", "23514", "P0001", "53400", "08001", "42501", "42883", "57014"])
+SQLSTATES = [
+    "P0002", "55000", "55P03", "22012", "22021", "22023", "22P05", "23514", "25006", "P0001", "53400", "08001", "42501",
+    "42883", "57014",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sqlstate", SQLSTATES)
 def test_the_error_of_a_trigger_is_told_as_it_is(make_app, db, make_job, sqlstate):
     """Version 1.0: 404 "job not found" for P0002, 503 "database unavailable" for 55000. Others passed for a database that
-    is away (08001), that is not ready (42501, 42883), or that takes too long (57014)."""
+    is away (08001), that is read-only (25006), that is not ready (42501, 42883), or that takes too long (57014); or for
+    a value that cannot be used (22021, 22023, 22P05)."""
     job_id = make_job(running=1)
     db.execute(f"""
         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -126,13 +133,20 @@ def test_the_error_of_a_trigger_is_told_as_it_is(make_app, db, make_job, sqlstat
         END $$;
         CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()""")
 
-    answer = Client(make_app(lock_timeout="300ms")).stop(job_id)
-    assert (answer.status, answer.json["sqlstate"]) == (500, sqlstate)
-    assert "the application says no" in answer.json["message"]
+    client = Client(make_app(lock_timeout="100ms"))
+    for body in (b"{}", b'{"dry_run": true}'):
+        answer = client.stop(job_id, body)
+        assert (answer.status, answer.json["sqlstate"]) == (500, sqlstate)
+        assert "the application says no" in answer.json["message"]
     assert count_active(db, job_id) == 1
     db.execute("CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (OLD.id <> 'other') EXECUTE FUNCTION refuse()")
     other = make_job("other", running=1)
     body = json.dumps({"job_ids": [job_id, other]}).encode()
-    several = Client(make_app(lock_timeout="300ms"))("POST", "/admin/emergency-stop", body, HTTP_X_ADMIN_TOKEN=TOKEN)
+    several = client("POST", "/admin/emergency-stop", body, HTTP_X_ADMIN_TOKEN=TOKEN)
     assert (several.status, several.json["stopped"]) == (200, 1)
+    assert "the application says no" in several.json["results"][0]["message"]
     assert count_active(db, other) == 0
+
+    db.execute("CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()")
+    released = client("POST", "/admin/jobs/other/release", b'{"reason": "x", "status": "pending"}', HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert (released.status, released.json["sqlstate"]) == (500, sqlstate)

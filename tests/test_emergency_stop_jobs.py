@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from conftest import TOKEN, Client, count_active, in_thread, is_waiting, wait_until
+from conftest import TOKEN, Client, count_active, hold_stops, in_thread, is_waiting, let_stops_go, stops_are_held, wait_until
 
 STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
 
@@ -80,6 +80,35 @@ def test_a_locked_job_is_left_out_and_told_and_the_others_are_stopped(db, connec
         service.execute(STOP_JOBS, ([make_job(running=1)], None))
         assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)  # of the commit, too
     worker.rollback()
+
+
+def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_and_not_held(db, connect, make_job):
+    """The call was named as a session that holds the job. With force it was ended, which undid its other stops."""
+    make_job("a", running=1), make_job("b", running=1)
+    several, by_hand = connect(autocommit=False), connect()
+    by_hand.execute("SET lock_timeout = '100ms'")
+    blockers = "SELECT pid FROM emergency_stop_blockers('a')"
+    hold_stops(db)
+    db.execute("""
+        CREATE OR REPLACE TRIGGER wait_to_go_on AFTER UPDATE ON executions FOR EACH ROW WHEN (NEW.job_id = 'b')
+        EXECUTE FUNCTION wait_to_go_on()""")
+
+    with in_thread(several.execute, STOP_JOBS, (["a", "b"], None)):
+        try:
+            wait_until(lambda: stops_are_held(db))
+            assert db.execute(blockers).fetchall() == []
+            for force in (False, True):
+                with pytest.raises(psycopg.errors.LockNotAvailable) as locked:
+                    by_hand.execute("SELECT emergency_stop_job('a', force => %s)", (force,))
+                assert (locked.value.diag.message_detail, "Ask again" in locked.value.diag.message_hint) == ("[]", True)
+        finally:
+            let_stops_go(db)
+    assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+    with in_thread(several.execute, "SELECT pg_sleep(0.5)"):  # at work, but not on the stops
+        wait_until(lambda: stops_are_held(db))
+        assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+    several.commit()
+    assert count_active(db, "a") + count_active(db, "b") == 0
 
 
 def test_patience_is_how_long_each_is_waited_for(db, connect, service, make_job):

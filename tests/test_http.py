@@ -233,6 +233,7 @@ BODIES = {
     # 1.0 stopped the job, and lost the reason.
     b'{"dryrun": true, "reson": "x"}': "body has an unknown key 'dryrun': expected reason, force, actor, dry_run",
     b'{"forced": true}': "body has an unknown key 'forced'",
+    b'{"dry_run": true, "dry_run": false}': "body has a key twice",
 }
 
 
@@ -1080,6 +1081,44 @@ def test_several_jobs(connect, make_app, make_job, db, capsys):
         "ann",
         [locked],
     )
+
+
+@pytest.mark.parametrize(("slow", "seconds"), [("slow", 5), ("%", 0.3)], ids=["one of them", "all of them together"])
+def test_what_takes_one_of_several_too_long_keeps_no_other_from_being_stopped(make_app, make_job, db, capsys, slow, seconds):
+    """A statement timeout undid all of them, and the log did not say of which jobs."""
+    client = Client(make_app(statement_timeout="1s"))
+    ids = [make_job(id, running=1) for id in ("a", "b", "slow", "z")]
+    slow_down_stops(db, seconds)
+    db.execute("DROP TRIGGER slow_down ON jobs")
+    db.execute(f"CREATE TRIGGER slow_down BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id LIKE '{slow}') EXECUTE FUNCTION slow_down()")
+
+    answer = stop_several(client, job_ids=ids)
+    too_slow = [id for id in ids if count_active(db, id)]
+    told = [{"error": "statement timeout: the database took too long", "job_id": id} for id in too_slow]
+    assert too_slow == (["slow"] if seconds == 5 else [])
+    assert (answer.status, answer.json["stopped"], answer.json.get("failed", 0)) == (200, 4 - len(told), len(told))
+    assert [result for result in answer.json["results"] if "error" in result] == told
+    assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == ids
+
+
+def test_if_none_of_several_can_be_stopped_for_one_reason_that_is_the_answer(make_app, make_job, db, capsys):
+    client = Client(make_app(statement_timeout="500ms"))
+    ids = [make_job(running=1) for _ in range(2)]
+    slow_down_stops(db, 5)
+
+    answer = stop_several(client, job_ids=ids)
+    assert (answer.status, answer.json) == (503, {"error": "statement timeout: the database took too long"})
+    assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == ids
+
+
+def test_while_the_database_is_away_a_call_for_several_does_not_try_each(make_app, capsys):
+    client = Client(make_app(database_url="postgresql://127.0.0.1:9/x"))
+    started = time.monotonic()
+
+    answer = stop_several(client, job_ids=[*"abcdefghij"])
+    assert (answer.status, answer.json) == (503, {"error": "database unavailable"})
+    assert time.monotonic() - started < 9
+    assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == [*"abcdefghij"]
 
 
 def test_a_job_that_is_let_go_in_time_is_stopped_with_the_others(connect, make_app, make_job, db):
