@@ -132,7 +132,7 @@ LOG_LINES = 2_000  # that wait to be written, at most
 LOG_PAUSE = 0.02  # seconds in which lines gather
 NOBODY = 65_534  # user and group
 NOT_READY = errors.InsufficientPrivilege, errors.UndefinedFunction, errors.InvalidSchemaName
-FORCE_HINT = 'To end the sessions in blocked_by and stop the job, send {"force": true}.'
+FORCE_HINT = 'To end those in blocked_by who have held the job all that time, and stop it, send {"force": true}.'
 PREPARED_HINT = "To end a prepared transaction, which has the pid 0: ROLLBACK PREPARED, with its application_name."
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -695,7 +695,8 @@ class Application:
         if body["dry_run"]:
             request.has_values = True
             return self.admin_pool.ask(DRY_RUN, job_id)
-        return self.stop(job_id, bool(body["force"]), body["reason"], request.caller())
+        request.is_forced = bool(body["force"])
+        return self.stop(job_id, request.is_forced, body["reason"], request.caller())
 
     def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
         """Stop one job. Of several calls for it at the same time only the first waits for the job's locks.
@@ -876,7 +877,7 @@ class Request:
         keys = ("client", "actor", "job_id", "outcome", "executions_stopped", "sessions_ended", "reason")
         self.noted: dict[str, Any] = {"request_id": self.request_id, **dict.fromkeys(keys)}
         # has_values: PostgreSQL checks values of this call. If it refuses one of them (22023), the answer is 400.
-        self.has_token = self.has_values = False
+        self.has_token = self.has_values = self.is_forced = False
 
     def read_path(self) -> str:
         """The path below the mount point, percent-decoded, each byte as a character.
@@ -1034,7 +1035,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return bad(message)
         if is_locked and (held := read_holders(error)):
             hint, holders = error.diag.message_hint, held["blocked_by"]
-            if request.event == "emergency_stop" and "not_ended" not in held and holders:
+            if request.event == "emergency_stop" and holders and not request.is_forced:
                 hint = FORCE_HINT if all(each["pid"] for each in holders) else PREPARED_HINT
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
         if request.has_token:

@@ -3,13 +3,14 @@
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. A transaction that starts an execution
 -- holds the barrier shared until it ends. A stop takes the barrier alone. Advisory locks queue fairly; row locks do
 -- not: inserters, whose foreign key shares the job's row, would for ever overtake a stop that waited for that row.
+-- A stop that has the barrier, and waits for rows, has a second lock, whose key differs in the last bit.
 
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
 --          serialization_failure (40001)             a stop of the job is at work: try the transaction again; or, above
 --                                                    READ COMMITTED, the job has changed since the snapshot
 -- Locks    the job's barrier, shared, until the transaction ends. It waits for it for 50 ms at most, and not at all if
---          others wait for rows that its transaction has updated. Above READ COMMITTED the job's row for a moment
+--          the stop waits for rows, and others for this transaction. Above READ COMMITTED the job's row for a moment
 CREATE OR REPLACE FUNCTION admit_execution(job_id text)
 RETURNS void LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -27,11 +28,10 @@ BEGIN
     END IF;
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
         -- A stop is at work. Without any wait, callers who try again at once would take the processor time that it
-        -- needs. But a transaction whose rows others wait for gives way at once: the stop may be one of them, or wait
-        -- for the rows of one. To look for them costs much; a transaction that has only inserted has none.
+        -- needs. But while it waits for rows, a transaction whose rows others wait for gives way at once: the stop may
+        -- be one of them, or wait for the rows of one. To look for them costs much.
         BEGIN
-            IF (pg_stat_get_xact_tuples_updated('jobs'::regclass) > 0
-                OR pg_stat_get_xact_tuples_updated('executions'::regclass) > 0)
+            IF (pg_try_advisory_lock_shared(v_barrier # 1) AND pg_advisory_unlock_shared(v_barrier # 1)) IS NOT TRUE
                AND EXISTS (SELECT
                            FROM pg_locks w
                            JOIN pg_locks o ON o.transactionid = w.transactionid AND o.pid = pg_backend_pid()

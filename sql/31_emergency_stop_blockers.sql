@@ -205,6 +205,8 @@ BEGIN
             USING MESSAGE = format('job %L is locked', id),
                   DETAIL = v_held.holders,
                   HINT = format('Others have held it for %s; nothing was changed. ', patience) || CASE
+                      WHEN cardinality(v_held.pids) = 0 THEN
+                          'None of them has held it for that long, so even force => true ends none. Ask again.'
                       WHEN v_held.not_ended IS NULL THEN
                           'To end those sessions: SELECT emergency_stop_job(id, force => true).'
                       ELSE 'Even force => true cannot end all of them: an operator has to end a prepared transaction, '

@@ -517,3 +517,16 @@ def test_a_stop_that_takes_longer_than_the_lock_timeout_is_named_as_what_the_oth
     assert first.result.fetchone()[0]["executions_stopped"] == 2
     assert (answer.status, answer.json["error"], answer.json["blocked_by"]) == (503, "job is locked", [])
     assert "Another stop of this job" in answer.json["hint"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_force_is_not_proposed_where_it_would_end_nobody(connect, db, make_job, force):
+    """Those who hold a job one after the other are all younger than the wait."""
+    job_id, holder = make_job(running=1), connect(autocommit=False)
+    holder.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))
+
+    with pytest.raises(psycopg.errors.LockNotAvailable) as locked:
+        db.execute("SELECT end_or_name_holders(%s, '10 s', %s, NULL)", (job_id, force))
+    assert [each["pid"] for each in json.loads(locked.value.diag.message_detail)] == [holder.info.backend_pid]
+    assert "None of them has held it for that long" in locked.value.diag.message_hint
+    holder.rollback()

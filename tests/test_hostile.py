@@ -53,19 +53,24 @@ def count_stopped(db: psycopg.Connection, job_id: str) -> int:
 
 @pytest.fixture
 def flood(owner_url, tmp_path):
-    """Insert executions of one job as fast as pgbench can; each client ends with the first insert that is refused."""
+    """Insert executions of one job as fast as pgbench can. A client ends with the first insert that is refused, even if
+    it is to be tried again, when there have been so many tries (0: any number)."""
     running = []
 
-    def flood(job_id: str, clients: int, sleep_ms: int, age: str = "0", first: str = "") -> subprocess.Popen:
+    def flood(
+        job_id: str, clients: int, sleep_ms: int, age: str = "0", first: str = "", tries: int = 1, **settings: str
+    ) -> subprocess.Popen:
         script = tmp_path / "flood.sql"
         insert = f"INSERT INTO executions (job_id, status, created_at) VALUES ('{job_id}', 'pending', now() - interval '{age}')"
         script.write_text(f"BEGIN;\n{first}{insert};\n\\sleep {sleep_ms} ms\nCOMMIT;\n")
         parts = conninfo_to_dict(owner_url)
         process = subprocess.Popen(
-            [POSTGRES_VERSIONS[18] / "pgbench", "-n", "-c", str(clients), "-j", "2", "-T", "20", "-f", script, parts["dbname"]],
+            [POSTGRES_VERSIONS[18] / "pgbench", "-n", "-c", str(clients), "-j", "2", "-T", "20", "-f", script, f"--max-tries={tries}",
+             parts["dbname"]],
             env={
                 "PGHOST": parts["host"], "PGPORT": str(parts.get("port", 5432)),
                 "PGUSER": parts["user"], "PGPASSWORD": parts.get("password") or "",
+                "PGOPTIONS": " ".join(f"-c {name}={value}" for name, value in settings.items()),
             },
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -109,6 +114,35 @@ def test_a_flood_of_workers_that_share_the_jobs_row_first_is_stopped(client, db,
     assert time.monotonic() - started < 3
     assert (answer.status, answer.json["message"]) == (200, "Job emergency stopped")
     flooding.kill()
+    assert count_active(db, job_id) == 0
+    assert count_stopped(db, job_id) == answer.json["executions_stopped"]
+
+
+LOCKED = "(SELECT id FROM executions WHERE job_id = '{id}' AND status = 'pending' ORDER BY id LIMIT 1 FOR UPDATE)"
+
+
+@pytest.mark.parametrize(
+    ("first", "tracked"),
+    [
+        ("SELECT FROM jobs WHERE id = '{id}' FOR UPDATE", "on"),
+        ("UPDATE jobs SET updated_at = now() WHERE id = '{id}'", "on"),
+        ("UPDATE jobs SET updated_at = now() WHERE id = '{id}'", "off"),
+        (LOCKED.strip("()"), "on"),
+        (f"DELETE FROM executions WHERE id = {LOCKED}", "on"),
+    ],
+    ids=["lock the job", "update the job", "update the job without statistics", "lock an execution", "delete an execution"],
+)
+def test_a_flood_of_workers_that_lock_a_row_first_is_stopped(make_app, db, make_job, flood, first, tracked):
+    """Each kept the row for 50 ms at the barrier, where it was not counted by PostgreSQL's statistics that it had updated
+    one. With 24 clients the stop had not gone through after 2 s, and force ended nobody."""
+    job_id, client = make_job(pending=42), Client(make_app(lock_timeout="2s"))
+    first = f"{first.format(id=job_id)};\n\\sleep 5 ms\n"
+    flooding = flood(job_id, 24, 0, first=first, tries=0, track_counts=tracked)
+    wait_until(lambda: db.execute("SELECT max(id) FROM executions").fetchone()[0] > 150)
+
+    answer = client.stop(job_id)
+    assert (answer.status, answer.json["message"]) == (200, "Job emergency stopped")
+    flooding.communicate(timeout=20)
     assert count_active(db, job_id) == 0
     assert count_stopped(db, job_id) == answer.json["executions_stopped"]
 
@@ -233,21 +267,41 @@ def test_inserts_that_get_the_barrier_within_that_moment_keep_their_lock_timeout
 def test_a_worker_whose_rows_others_wait_for_gives_way_at_once_and_another_one_waits(connect, db, make_job, heartbeat):
     """With 50 ms for each, a row of sixteen workers who wait for one another keeps a stop for a second, again and again."""
     job_id, held, free = make_job(running=1), make_job(running=1), make_job(running=1)
-    stopper, worker, bystander, other = (connect(autocommit=False) for _ in range(4))
+    keeper, worker, bystander, other, stopper = (connect(autocommit=False) for _ in range(5))
     insert = "INSERT INTO executions (job_id) VALUES (%s)"
     change_function(db, "admit_execution", "'50ms'", "'1h'")
-    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    keeper.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))
     worker.execute(heartbeat, (held,))
     bystander.execute(heartbeat, (free,))
+    stopper.execute("SET lock_timeout = '15s'")
 
-    with in_thread(other.execute, heartbeat, (held,)):
-        wait_until(lambda: is_waiting(db, other))
+    with in_thread(stopper.execute, "SELECT emergency_stop_job(%s)", (job_id,)), in_thread(other.execute, heartbeat, (held,)):
+        wait_until(lambda: is_waiting(db, other) and is_waiting(db, stopper))  # for the row that keeper has
         with in_thread(bystander.execute, insert, (job_id,)):
             wait_until(lambda: is_waiting(db, bystander))
             with pytest.raises(psycopg.errors.SerializationFailure, match="is under way"):
                 worker.execute(insert, (job_id,))  # as it would in an hour if it waited
             worker.rollback()
+            keeper.rollback()
+            wait_until(lambda: stopper.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS)
             stopper.rollback()
+
+
+def test_beside_a_stop_that_waits_for_no_row_no_worker_gives_way_at_once(connect, db, make_job):
+    """To look for who waits for it would take the processor time that the stop needs, in a flood of inserts."""
+    job_id, held = make_job(running=1), make_job()
+    stopper, worker, other = connect(autocommit=False), connect(autocommit=False), connect()
+    heartbeat = ("UPDATE jobs SET updated_at = now() WHERE id = %s", (held,))
+    change_function(db, "admit_execution", "'50ms'", "'1h'")
+    stopper.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    worker.execute(*heartbeat)
+
+    with in_thread(other.execute, *heartbeat):
+        wait_until(lambda: is_waiting(db, other))
+        with in_thread(worker.execute, "INSERT INTO executions (job_id) VALUES (%s)", (job_id,)):
+            wait_until(lambda: is_waiting(db, worker))
+            stopper.rollback()
+        worker.commit()
 
 
 def test_workers_that_start_executions_of_one_job_again_do_not_hold_up_one_another(connect, make_job, db):
