@@ -227,6 +227,7 @@ DECLARE
     v_updated bigint;
     v_jobs    bigint;
     v_marked  bigint;  -- executions of earlier stops, where something can change what is written
+    v_outer   CONSTANT text := current_setting('beacon_stop.stopping', true);  -- the stop whose trigger called this one
 BEGIN
     executions_stopped := 0;
     -- Triggers that fire before ours, and rules.
@@ -270,7 +271,7 @@ BEGIN
         left_alone := CASE WHEN FOUND THEN unfinished_executions(fail_job.id) END;
         EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
     END LOOP;
-    PERFORM set_config('beacon_stop.stopping', '', true);
+    PERFORM set_config('beacon_stop.stopping', v_outer, true);
 
     IF v_marked IS NOT NULL OR v_jobs <> 1 OR left_alone ?| '{pending,running,processing}' THEN
         PERFORM require_stopped(fail_job.id, new_status, CASE
@@ -387,6 +388,11 @@ BEGIN
             action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
         VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
+        IF NOT FOUND THEN
+            RAISE triggered_data_change_violation USING
+                MESSAGE = format('the stop of job %L could not be recorded', asked_id),
+                HINT = 'A trigger or a rule on table emergency_stops keeps the row from being added. Disable it.';
+        END IF;
     END IF;
     -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work, also on other jobs.
     PERFORM pg_advisory_xact_lock_shared(barrier)

@@ -32,6 +32,9 @@ BEGIN
             v_took := round(extract(epoch FROM clock_timestamp() - v_began) * 1000, 1);
             RAISE SQLSTATE 'BS002';
         EXCEPTION WHEN SQLSTATE 'BS002' THEN  -- all of it is undone, the settings and locks of the stop included
+            IF v_answer IS NULL THEN
+                RAISE;  -- it is a trigger's of the application's
+            END IF;
         END;
         v_is_large := (v_answer ->> 'executions_stopped')::bigint > 10000;
     END IF;

@@ -25,6 +25,7 @@ DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_deadline     CONSTANT timestamptz := clock_timestamp() + v_patience;
+    v_outer        CONSTANT text := current_setting('beacon_stop.releasing', true);  -- whose trigger has called this
     v_job          record;
     v_released     record;
     v_now          timestamptz;
@@ -41,32 +42,38 @@ BEGIN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
     END IF;
 
-    BEGIN
-        PERFORM limit_lock_wait(v_patience);
-        -- The first look takes no lock: where there is nothing to release, nobody is waited for.
-        FOR v_look IN 1..2 LOOP
-            SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
-            v_answer := CASE
-                WHEN NOT FOUND THEN json_build_object('error', 'job not found', 'job_id', release_job.id)
-                WHEN NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN
-                    json_build_object('error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status)
-            END;
-            EXIT WHEN v_look = 2 OR v_answer IS NOT NULL;
-            IF NOT wait_for_barrier(v_barrier, v_patience) THEN
-                RAISE lock_not_available;
-            END IF;
-            PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+    LOOP
+        BEGIN
             PERFORM limit_lock_wait(v_deadline - clock_timestamp());
-            LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
-            PERFORM lock_job_row(v_key, v_deadline - clock_timestamp(), lock_table => true);
-        END LOOP;
-    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %L is locked', release_job.id),
-                  DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
-                  HINT = 'Those that are named hold it. Nothing was changed. Try again when they have ended; a prepared '
-                         'transaction, which has the pid 0, ends with ROLLBACK PREPARED or COMMIT PREPARED.';
-    END;
+            -- The first look takes no lock: where there is nothing to release, nobody is waited for.
+            FOR v_look IN 1..2 LOOP
+                SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
+                v_answer := CASE
+                    WHEN NOT FOUND THEN json_build_object('error', 'job not found', 'job_id', release_job.id)
+                    WHEN NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN json_build_object(
+                        'error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status)
+                END;
+                EXIT WHEN v_look = 2 OR v_answer IS NOT NULL;
+                IF NOT wait_for_barrier(v_barrier, v_deadline - clock_timestamp()) THEN
+                    RAISE lock_not_available;
+                END IF;
+                PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+                PERFORM limit_lock_wait(v_deadline - clock_timestamp());
+                LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
+                PERFORM lock_job_row(v_key, v_deadline - clock_timestamp(), lock_table => true);
+            END LOOP;
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            -- In a deadlock, such as with another release that has to lock the table, it lets go and tries again.
+            PERFORM pg_sleep(0.02 * random());
+            CONTINUE WHEN clock_timestamp() < v_deadline;
+            RAISE lock_not_available
+                USING MESSAGE = format('job %L is locked', release_job.id),
+                      DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(release_job.id) b),
+                      HINT = 'Those that are named hold it. Nothing was changed. Try again when they have ended; a '
+                             'prepared transaction, with the pid 0, ends with ROLLBACK PREPARED or COMMIT PREPARED.';
+        END;
+    END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);
     IF v_answer IS NOT NULL THEN
         RETURN v_answer;
@@ -79,7 +86,7 @@ BEGIN
         updated_at = v_now,
         metadata = CASE WHEN jsonb_typeof(j.metadata) = 'object' THEN j.metadata - 'emergency_stop' ELSE j.metadata END
     WHERE j.id = v_id;
-    PERFORM set_config('beacon_stop.releasing', '', true);
+    PERFORM set_config('beacon_stop.releasing', v_outer, true);
     SELECT j.status, j.metadata INTO v_released FROM jobs j WHERE j.id = v_id;
     IF v_released.status IS DISTINCT FROM release_job.status OR v_released.metadata ? 'emergency_stop' THEN
         RAISE triggered_data_change_violation
@@ -91,6 +98,11 @@ BEGIN
     INSERT INTO emergency_stops (
         action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
     VALUES ('release', v_key, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
+    IF NOT FOUND THEN
+        RAISE triggered_data_change_violation USING
+            MESSAGE = format('the release of job %L could not be recorded', release_job.id),
+            HINT = 'A trigger or a rule on table emergency_stops keeps the row from being added. Disable it.';
+    END IF;
     PERFORM commit_durably();
     RETURN json_build_object(
         'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_job.status,

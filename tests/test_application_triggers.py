@@ -150,3 +150,59 @@ def test_the_error_of_a_trigger_is_told_as_it_is(make_app, db, make_job, sqlstat
     db.execute("CREATE OR REPLACE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()")
     released = client("POST", "/admin/jobs/other/release", b'{"reason": "x", "status": "pending"}', HTTP_X_ADMIN_TOKEN=TOKEN)
     assert (released.status, released.json["sqlstate"]) == (500, sqlstate)
+
+
+def test_a_trigger_may_stop_other_jobs_and_release_them_again(db, make_job, stop, service):
+    """The call inside of the other one forgot that the other one was at work: 55000, at each attempt."""
+    parent, child = make_job("parent", running=2), make_job("child", running=2)
+    db.execute(AGAIN)
+    db.execute("CREATE TRIGGER again AFTER UPDATE ON executions FOR EACH ROW EXECUTE FUNCTION again()")
+    db.execute("""
+        CREATE FUNCTION follow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.status = 'failed' THEN
+                PERFORM emergency_stop_job('child');
+            ELSE
+                PERFORM release_job('child', 'with its parent', NEW.status);
+            END IF;
+            RETURN NULL; END $$;
+        CREATE TRIGGER follow AFTER UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = 'parent') EXECUTE FUNCTION follow()""")
+
+    assert stop(parent)["executions_stopped"] == 2 * 4
+    assert count_active(db, parent) + count_active(db, child) == 0
+    assert service.execute("SELECT release_job('parent', 'mended', 'pending')").fetchone()[0]["ok"]
+    assert db.execute("SELECT id, status FROM jobs ORDER BY id").fetchall() == [("child", "pending"), ("parent", "pending")]
+    counts = "SELECT job_id, action, count(*) FROM emergency_stops GROUP BY 1, 2 ORDER BY 1, 2"
+    assert db.execute(counts).fetchall() == [(id, action, 1) for id in ("child", "parent") for action in ("release", "stop")]
+
+
+RECORD_KEPT_OUT = {
+    "a trigger": """
+        CREATE FUNCTION keep_out() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER keep_out BEFORE INSERT ON emergency_stops FOR EACH ROW EXECUTE FUNCTION keep_out()""",
+    "a rule": "CREATE RULE keep_out AS ON INSERT TO emergency_stops DO INSTEAD NOTHING",
+}
+
+
+@pytest.mark.parametrize("how", RECORD_KEPT_OUT)
+def test_what_cannot_be_recorded_is_not_done(db, make_job, stop, service, how):
+    """The answer was ok, and there was no record."""
+    running, stopped = make_job(running=1), make_job(running=1)
+    stop(stopped)
+    db.execute(RECORD_KEPT_OUT[how])
+
+    for call in (f"SELECT emergency_stop_job('{running}')", f"SELECT release_job('{stopped}', 'mended', 'pending')"):
+        with pytest.raises(psycopg.errors.TriggeredDataChangeViolation, match="could not be recorded"):
+            service.execute(call)
+    assert count_active(db, running) == 1
+    assert db.execute("SELECT status FROM jobs WHERE id = %s", (stopped,)).fetchone() == ("failed",)
+
+
+def test_an_error_with_the_dry_runs_own_code_is_not_taken_for_its_end(db, make_job, service):
+    job_id = make_job(running=1)
+    db.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE 'BS002' USING MESSAGE = 'no'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()""")
+
+    with pytest.raises(psycopg.Error, match="no") as refused:
+        service.execute("SELECT emergency_stop_dry_run(%s)", (job_id,))
+    assert refused.value.sqlstate == "BS002"

@@ -1,6 +1,8 @@
 """sql/36_release_job.sql: the one way back, on purpose, with a reason, on record."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -248,3 +250,32 @@ def test_a_flood_of_sharers_does_not_starve_it(db, make_job, stop, connect, rele
         finally:
             over.append(True)
     assert answer["ok"]
+
+
+def test_releases_beside_each_other_that_all_have_to_lock_the_table(connect, make_job, stop, service_url):
+    """Sessions share the rows for a moment. Of six releases up to four failed at once, each being in a deadlock with another."""
+    jobs, ended = [make_job() for _ in range(6)], threading.Event()
+    for job_id in jobs:
+        stop(job_id)
+    sharers = [connect(autocommit=False) for _ in range(12)]
+
+    def share(session, job_id):
+        while not ended.is_set():
+            session.execute("SELECT FROM jobs WHERE id = %s FOR SHARE", (job_id,))
+            ended.wait(0.005)
+            session.commit()
+
+    with ThreadPoolExecutor(len(sharers) + len(jobs)) as threads:
+        sharing = [threads.submit(share, session, jobs[number % 6]) for number, session in enumerate(sharers)]
+        try:
+            ended.wait(0.1)
+            sessions = [connect(service_url, options="-c lock_timeout=10s") for _ in jobs]
+            calls = [
+                threads.submit(session.execute, RELEASE, (job_id, "mended", "pending"))
+                for session, job_id in zip(sessions, jobs, strict=True)
+            ]
+            answers = [call.result().fetchone()[0] for call in calls]
+        finally:
+            ended.set()
+    assert [answer.get("ok") for answer in answers] == [True] * 6
+    assert all(call.exception() is None for call in sharing)
