@@ -12,6 +12,40 @@
 --          triggered_data_change_violation (27000)  a trigger or rule of the application's kept it from being released
 -- Locks    the job's barrier, alone and shared; the tables jobs and emergency_stops, ROW EXCLUSIVE; the job's row, FOR
 --          NO KEY UPDATE; where sessions share its lock, the table jobs, EXCLUSIVE; all until the transaction ends
+
+-- lock_stopped_job(id, asked_id, deadline): locks a job for its release, by this time.
+-- Returns NULL, or what release_job answers if there is nothing to release. Raises 55P03 or 40P01 if it gets no lock.
+CREATE OR REPLACE FUNCTION lock_stopped_job(id text, asked_id text, deadline timestamptz)
+RETURNS json LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_id      CONSTANT jobs.id%TYPE := to_job_id(lock_stopped_job.id);
+    v_barrier CONSTANT bigint := job_barrier(lock_stopped_job.id);
+    v_job     record;
+BEGIN
+    PERFORM limit_lock_wait(deadline - clock_timestamp());
+    -- The first look takes no lock: where there is nothing to release, nobody is waited for.
+    FOR v_look IN 1..2 LOOP
+        SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
+        IF NOT FOUND THEN
+            RETURN json_build_object('error', 'job not found', 'job_id', asked_id);
+        ELSIF NOT is_emergency_stopped(lock_stopped_job.id, v_job.status, v_job.metadata) THEN
+            RETURN json_build_object('error', 'job is not stopped', 'job_id', asked_id, 'status', v_job.status);
+        END IF;
+        EXIT WHEN v_look = 2;
+        IF NOT wait_for_barrier(v_barrier, deadline - clock_timestamp()) THEN
+            RAISE lock_not_available;
+        END IF;
+        PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+        PERFORM limit_lock_wait(deadline - clock_timestamp());
+        LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
+        PERFORM lock_job_row(lock_stopped_job.id, deadline - clock_timestamp(), lock_table => true);
+    END LOOP;
+    RETURN NULL;
+END;
+$$;
+
 CREATE OR REPLACE FUNCTION release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
@@ -21,12 +55,11 @@ AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(release_job.id);
     v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
-    v_barrier      CONSTANT bigint := job_barrier(v_key);
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
-    v_deadline     CONSTANT timestamptz := clock_timestamp() + v_patience;
+    v_deadline     CONSTANT timestamptz :=
+        clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_outer        CONSTANT text := current_setting('beacon_stop.releasing', true);  -- whose trigger has called this
-    v_job          record;
+    v_previous     text;
     v_released     record;
     v_now          timestamptz;
     v_answer       json;
@@ -44,24 +77,7 @@ BEGIN
 
     LOOP
         BEGIN
-            PERFORM limit_lock_wait(v_deadline - clock_timestamp());
-            -- The first look takes no lock: where there is nothing to release, nobody is waited for.
-            FOR v_look IN 1..2 LOOP
-                SELECT j.status, j.metadata INTO v_job FROM jobs j WHERE j.id = v_id;
-                v_answer := CASE
-                    WHEN NOT FOUND THEN json_build_object('error', 'job not found', 'job_id', release_job.id)
-                    WHEN NOT is_emergency_stopped(v_key, v_job.status, v_job.metadata) THEN json_build_object(
-                        'error', 'job is not stopped', 'job_id', release_job.id, 'status', v_job.status)
-                END;
-                EXIT WHEN v_look = 2 OR v_answer IS NOT NULL;
-                IF NOT wait_for_barrier(v_barrier, v_deadline - clock_timestamp()) THEN
-                    RAISE lock_not_available;
-                END IF;
-                PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
-                PERFORM limit_lock_wait(v_deadline - clock_timestamp());
-                LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
-                PERFORM lock_job_row(v_key, v_deadline - clock_timestamp(), lock_table => true);
-            END LOOP;
+            v_answer := lock_stopped_job(v_key, release_job.id, v_deadline);
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             -- In a deadlock, such as with another release that has to lock the table, it lets go and tries again.
@@ -80,6 +96,7 @@ BEGIN
     END IF;
 
     v_now := clock_timestamp();
+    SELECT j.status INTO v_previous FROM jobs j WHERE j.id = v_id;
     PERFORM set_config('beacon_stop.releasing', v_key, true);
     UPDATE jobs j
     SET status = release_job.status,
@@ -97,7 +114,7 @@ BEGIN
 
     INSERT INTO emergency_stops (
         action, job_id, previous_status, new_status, executions_stopped, reason, caller, stopped_at)
-    VALUES ('release', v_key, v_job.status, release_job.status, 0, release_job.reason, release_job.caller, v_now);
+    VALUES ('release', v_key, v_previous, release_job.status, 0, release_job.reason, release_job.caller, v_now);
     IF NOT FOUND THEN
         RAISE triggered_data_change_violation USING
             MESSAGE = format('the release of job %L could not be recorded', release_job.id),
@@ -105,7 +122,7 @@ BEGIN
     END IF;
     PERFORM commit_durably();
     RETURN json_build_object(
-        'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_job.status,
+        'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_previous,
         'new_status', release_job.status, 'released_at', utc_seconds(v_now), 'reason', release_job.reason);
 END;
 $$;
