@@ -35,6 +35,7 @@ import os
 import posixpath
 import random
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -701,8 +702,8 @@ class Application:
     def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
         """Stop one job. Of several calls for it at the same time only the first waits for the job's locks.
 
-        The others wait for the first call: if it fails, they fail too; if not, each of them asks PostgreSQL itself.
-        Calls with force wait only for the first call with force.
+        The others wait for the first call. If it gets no lock or no database, neither do they; if not, each of them
+        asks PostgreSQL itself. Calls with force wait only for the first call with force.
         """
         mine: futures.Future[None] = futures.Future()
         first = self._stops.setdefault((job_id, force), mine)
@@ -713,8 +714,9 @@ class Application:
             by_itself = force or len(self._stops) == 1
             answer = None if by_itself else self.group.stop(job_id, reason, caller)
             return answer or self.admin_pool.ask(STOP_JOB, job_id, reason, force, caller)
-        except Exception as error:
-            mine.set_exception(error)
+        except (psycopg.Error, HTTPError) as error:
+            if isinstance(error, (HTTPError, errors.LockNotAvailable)) or is_lost(error):
+                mine.set_exception(error)
             raise
         finally:
             self._stops.pop((job_id, force), None)
@@ -1033,6 +1035,9 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return bad("a value cannot be used: the database cannot hold it")
         if isinstance(error, errors.InvalidParameterValue) and is_ours and request.has_values:
             return bad(message)
+        is_call = not error.diag.context  # the call itself is refused, or its commit, nothing inside of the function
+        if is_locked and is_call:  # to send NOTIFY, each commit waits for those before it
+            return unavailable("another commit keeps this one waiting for too long: nothing was changed")
         if is_locked and (held := read_holders(error)):
             hint, holders = error.diag.message_hint, held["blocked_by"]
             if request.event == "emergency_stop" and holders and not request.is_forced:
@@ -1042,7 +1047,6 @@ def explain(error: Exception, request: Request) -> HTTPError:
             told = {"message": message, "sqlstate": error.sqlstate}
         if is_locked and request.event not in ("emergency_stop", "release"):
             return unavailable("tables are locked", **told)
-        is_call = not error.diag.context  # the call itself is refused, nothing inside of the function
         if is_call and isinstance(error, NOT_READY):
             return unavailable("database is not ready for this version: see /health/ready", **told)
     log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
@@ -1102,7 +1106,8 @@ ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
 PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
 PATIENCE = {"waiting": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
-MAX_CONNECTIONS = 900
+MAX_CONNECTIONS = 900  # fewer where the process may not open as many files
+SPARE_FILES = 40  # for the database, the log, and connections that are about to be refused
 
 
 class Answer(SimpleHandler):
@@ -1195,10 +1200,11 @@ class Client(WSGIRequestHandler):
 
     def read_head(self) -> str:
         """The lines of a request up to the empty one; less if the client sends no more, or more than MAX_HEAD."""
-        head = ""
+        head, is_begun = "", False
         while line := self.rfile.readline(MAX_HEAD + 1 - len(head)).decode("latin-1"):
-            if not head:
+            if not is_begun:
                 self.expect("reading", READ_TIMEOUT)
+                is_begun = True
             if head or line != "\r\n":  # empty lines may come before a request
                 head += line
             if (head and line in ("\r\n", "\n")) or len(head) > MAX_HEAD:
@@ -1279,6 +1285,8 @@ class Server(ThreadingMixIn, TCPServer):
         BaseServer.__init__(self, (host, port), Client)
         self.application = application
         self.connections: dict[socket.socket, tuple[str, float]] = {}  # phase and deadline of each
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.max_connections = max(8, min(MAX_CONNECTIONS, files - SPARE_FILES))
         try:
             family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
         except (UnicodeError, socket.gaierror):
@@ -1319,10 +1327,10 @@ class Server(ThreadingMixIn, TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Where there are too many connections, end the one whose time is up next; if all are at work, refuse this."""
-        if len(self.connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= self.max_connections:
             self.shut_late(min(deadline for _, deadline in self.connections.copy().values()))
         self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
-        return len(self.connections) <= MAX_CONNECTIONS
+        return len(self.connections) <= self.max_connections
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -1347,14 +1355,23 @@ RUNAWAY_EXECUTIONS = """
 """
 
 
-def serve(environment: Mapping[str, str], host: str, port: int, announcement: str = "") -> None:
-    """Serve until a signal, then answer the calls in flight; raises ConfigurationError or OSError.
+def serve(
+    environment: Mapping[str, str], host: str, port: int, announcement: str = "", signals: list[int] | None = None
+) -> None:
+    """Serve until a signal, then answer the calls in flight; raises ConfigurationError.
 
-    An announcement is printed once it serves, with the URL in the place of <url>.
+    An announcement is printed once it serves, with the URL in the place of <url>. If there are signals that came
+    before, it ends at once.
     """
     app = create_app(environment)
-    server = Server(app, host, port)
+    try:
+        server = Server(app, host, port)
+    except OSError as error:
+        reason = f"{os.strerror(error.errno or 0)}; --host and --port choose another"
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from None
     on_signals(lambda *_: server.stop())
+    if signals:
+        server.stop()
     logging.getLogger().addHandler(LOG_HANDLER)
     app.open()
     if announcement:
@@ -1415,6 +1432,9 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
     if os.geteuid() == 0:  # as whom PostgreSQL refuses to run
         os.chown(folder, NOBODY, NOBODY)
         nobody = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        if closed := [parent for parent in folder.parents if not parent.stat().st_mode & 1]:
+            expected = "expected a folder that it may enter; TMPDIR names another"
+            raise ConfigurationError(f"PostgreSQL runs as the user nobody, who may not enter {closed[0]}: {expected}")
         if not all(each.stat().st_mode & 1 for each in (programs, *programs.parents)):
             # Somebody's home is closed to nobody. The programs look for their libraries beside the package.
             site = programs.parents[2]
@@ -1422,12 +1442,17 @@ def embedded_postgres(folder: Path) -> Iterator[str]:
                 shutil.copytree(part, folder / part.name, symlinks=True, dirs_exist_ok=True)
             programs = folder / programs.relative_to(site)
     prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: 0)
+
+    def end_with_parent() -> None:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # a job in the background of a shell's ignores it
+        prctl(1, signal.SIGQUIT)  # PR_SET_PDEATHSIG: it ends even if we are killed
+
     with (folder / "log").open("ab") as log:
         postgres = subprocess.Popen(
             ["sh", "-c", START_POSTGRES, programs, folder],
             cwd=folder, env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **nobody,
             start_new_session=True,  # Ctrl-C is for us
-            preexec_fn=lambda: prctl(1, signal.SIGQUIT),  # PR_SET_PDEATHSIG: it ends even if we are killed
+            preexec_fn=end_with_parent,
         )  # fmt: skip
     url = f"postgresql://postgres@/postgres?host={folder}"
     try:
@@ -1465,8 +1490,7 @@ psql '{url}' -c "SELECT emergency_stop_job('{job_id}')"
 
 Ctrl-C ends the service and its PostgreSQL."""
         settings = {**environment, "ADMIN_TOKEN": token, "DATABASE_URL": url, "BEACON_READ_DATABASE_URL": url}
-        if not signals:
-            serve(settings, host, port, announcement)
+        serve(settings, host, port, announcement, signals)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1494,8 +1518,7 @@ def main(arguments: list[str] | None = None) -> int:
         said = (error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint)
         problem = "the database refused: " + "\n".join(filter(None, said))
     except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        problem = f"cannot listen on {options.host} port {options.port}: {reason}; --host and --port choose another"
+        problem = str(error)
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 

@@ -1,5 +1,6 @@
 """The command beacon-stop: settings, the demo, and what is packaged."""
 
+import errno
 import importlib.util
 import os
 import re
@@ -154,6 +155,8 @@ def start_demo(folder):
         process = subprocess.Popen(
             [sys.executable, "-m", "beacon_stop", "serve", "--demo"],
             env=environment, cwd=folder / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # As a script's job in the background does. With that, a PostgreSQL outlived the demo that was killed.
+            preexec_fn=lambda: signal.signal(signal.SIGQUIT, signal.SIG_IGN),
         )  # fmt: skip
         started.append(process)
         lines = iter(process.stdout.readline, "") if wait else ()
@@ -232,7 +235,9 @@ def test_a_demo_that_was_killed_during_initdb_keeps_no_other_from_starting(start
     """Each later start of 1.0 failed with a traceback."""
     process, _ = start_demo(wait=False)
     wait_until(lambda: list((folder / "tmp").glob("beacon-*/data")), 30)
+    (starting,) = psutil.Process(process.pid).children()
     process.kill()
+    wait_until(lambda: has_ended(starting))
 
     assert start_demo()[1]["curl"]
 
@@ -271,6 +276,39 @@ def test_a_folder_in_which_postgresql_cannot_have_its_socket_is_named(tmp_path):
         refused = pytest.raises(beacon_stop.ConfigurationError, match=r"cannot have its socket in .*TMPDIR names another")
         with refused, beacon_stop.embedded_postgres(tmp_path / name):
             pass
+
+
+def test_a_folder_that_the_user_nobody_cannot_enter_is_named(folder, monkeypatch):
+    """The demo of root's, with root's own TMPDIR, showed what initdb says."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "chown", lambda *_: None)
+    (folder / "closed").mkdir(mode=0o700)
+    (folder / "closed" / "tmp").mkdir()
+
+    refused = pytest.raises(beacon_stop.ConfigurationError, match=r"nobody, who may not enter \S*/closed: .*TMPDIR names another")
+    with refused, beacon_stop.embedded_postgres(folder / "closed" / "tmp"):
+        pass
+    assert list((folder / "closed" / "tmp").iterdir()) == []
+
+
+def test_a_signal_that_came_before_there_was_a_server_ends_it_too(service_url):
+    """The demo lost one that came while the server was being made."""
+    program = "import beacon_stop, os; beacon_stop.serve(os.environ, '127.0.0.1', 0, '<url>', [15])"
+    subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, timeout=30, capture_output=True,
+        env={"PATH": os.environ["PATH"], "ADMIN_TOKEN": TOKEN, "DATABASE_URL": service_url},
+    )  # fmt: skip
+
+
+def test_an_error_of_the_system_is_told_as_it_is(monkeypatch, capsys):
+    """Whatever it was, it was said that the port is taken."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(beacon_stop, "serve", fail)
+    assert beacon_stop.main(["serve"]) == 2
+    assert capsys.readouterr().err == "beacon-stop: [Errno 28] No space left on device\n"
 
 
 def test_an_ignored_signal_stays_ignored(service_url):

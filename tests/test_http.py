@@ -587,6 +587,57 @@ def test_what_the_databases_encoding_does_not_have(installed, server_url):
     assert (answer.status, answer.json) == (400, {"error": "a value cannot be used: the database cannot hold it"})
 
 
+def test_a_value_of_one_caller_that_cannot_be_used_is_no_error_of_another_one_at_the_same_job(installed, server_url):
+    """Both got 400, and the job went on."""
+    with new_database(server_url, "template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'") as database:
+        url = url_of(database, server_url)
+        beacon_stop.init_db(url)
+        database.execute("INSERT INTO jobs (id, status) VALUES ('a', 'processing'), ('busy', 'processing')")
+        database.commit()
+        app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=url, admin_pool=1, lock_timeout="10s", **GENEROUS)
+        try:
+            client = Client(app)
+            with ThreadPoolExecutor(3) as callers:
+                assert client.stop("nix").status == 404  # and so there is a connection
+                database.execute("SELECT FROM jobs WHERE id = 'busy' FOR UPDATE")
+                busy = callers.submit(client.stop, "busy")
+                wait_until(lambda: app.admin_pool.get_stats()["pool_available"] == 0)
+                first = callers.submit(client.stop, "a", '{"actor": "Ж", "force": true}'.encode())
+                wait_until(lambda: ("a", True) in app._stops)
+                second = callers.submit(client.stop, "a", b'{"actor": "ann", "force": true}')
+                wait_until(lambda: app.admin_pool.get_stats()["requests_waiting"] == 1 and second.running())
+                database.rollback()
+            assert (first.result().status, second.result().status, busy.result().status) == (400, 200, 200)
+            assert second.result().json["message"] == "Job emergency stopped"
+        finally:
+            app.close()
+
+
+def test_a_commit_that_waits_for_another_one_too_long_is_no_bug(folder):
+    """To send NOTIFY, each commit waits for those before it, here for one that waits for a standby: 500, without a reason."""
+    with beacon_stop.embedded_postgres(folder) as url, psycopg.connect(url, autocommit=True) as db:
+        beacon_stop.init_db(url)
+        db.execute("INSERT INTO jobs (id, status) VALUES ('a', 'processing'), ('b', 'processing')")
+        db.execute("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+        db.execute("SELECT pg_reload_conf()")
+        app = beacon_stop.create_app({}, admin_token=TOKEN, database_url=url, lock_timeout="300ms", **GENEROUS)
+        try:
+            client = Client(app)
+            with ThreadPoolExecutor(1) as callers:
+                wait_until(lambda: db.execute("SHOW synchronous_standby_names").fetchone() == ("nobody",))
+                first = callers.submit(client.stop, "a")
+                waiting = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%emergency_stop_job(%'"
+                wait_until(lambda: db.execute(waiting).rowcount)
+                second = client.stop("b", b'{"force": true}')
+                db.execute("ALTER SYSTEM RESET synchronous_standby_names")
+                db.execute("SELECT pg_reload_conf()")
+            told = {"error": "another commit keeps this one waiting for too long: nothing was changed"}
+            assert (first.result().status, second.status, second.json) == (200, 503, told)
+            assert client.stop("b").json["message"] == "Job emergency stopped"
+        finally:
+            app.close()
+
+
 # --- Limits ---
 
 

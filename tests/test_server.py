@@ -280,6 +280,33 @@ def test_a_caller_who_hangs_up_does_not_cancel_the_stop(server, make_job, db, co
     wait_until(lambda: count_active(db, job_id) == 0)
 
 
+def test_empty_lines_do_not_put_off_the_end_of_a_request(server, monkeypatch):
+    """Each began the time anew."""
+    monkeypatch.setattr(beacon_stop, "READ_TIMEOUT", 0.5)
+    with connect_to(server.url) as sock:
+        for _ in range(60):
+            if select.select([sock], [], [], 0.05)[0]:
+                break
+            sock.sendall(b"\r\n")
+        else:
+            pytest.fail("it was put off")
+        assert sock.recv(1) == b""
+
+
+def test_idle_clients_who_take_all_files_that_the_process_may_open_do_not_keep_an_operator_out(make_job, start_service):
+    """The operator's stop was answered after 75 s, when the first of them were shut."""
+    service = start_service("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
+    job_id = make_job(running=1)
+    with contextlib.ExitStack() as idle:
+        for _ in range(70):
+            sock = idle.enter_context(connect_to(service.url))
+            with contextlib.suppress(OSError):
+                sock.sendall(LIVE + b"\r\n")
+
+        path = f"/admin/jobs/{job_id}/emergency-stop"
+        assert send(service.url, "POST", path, b"{}", timeout=10, **{"X-Admin-Token": TOKEN}).json["executions_stopped"] == 1
+
+
 def test_400_slow_clients_do_not_keep_an_operator_out(make_job, start_service):
     service = start_service()
     job_id = make_job(running=42)
