@@ -50,6 +50,83 @@ BEGIN
 END;
 $$;
 
+-- unfit_tables(): what keeps the tables that are there from working, and no installation changes. A sentence each.
+CREATE OR REPLACE FUNCTION unfit_tables()
+RETURNS SETOF text LANGUAGE sql STABLE
+SET search_path FROM CURRENT
+AS $$
+    WITH columns AS (
+        SELECT n.table_name, u.column_name, n.types, a.atttypid::regtype AS type, a.attgenerated, t.typcategory,
+               c.collname, c.collisdeterministic, array_to_string(n.types, ' or ') AS expected,
+               CASE a.atttypid WHEN 'varchar'::regtype THEN NULLIF(a.atttypmod, -1) - 4 END AS max_length,
+               format('column %s.%s', n.table_name, u.column_name) AS title
+        FROM (VALUES
+            ('jobs', '{id}'::name[], '{text,varchar,uuid,bigint,int}'::regtype[]),
+            ('executions', '{id,job_id}', '{text,varchar,uuid,bigint,int,smallint}'),
+            ('jobs', '{status}', '{text,varchar}'),
+            ('executions', '{status}', '{text,varchar}'),
+            ('jobs', '{metadata}', '{jsonb}'),
+            ('executions', '{output}', '{jsonb}'),
+            ('jobs', '{created_at,updated_at}', '{timestamptz,timestamp}'),
+            ('executions', '{created_at,started_at,completed_at}', '{timestamptz,timestamp}'),
+            ('emergency_stops', '{job_id,previous_status,reason,stopped_by,database_user}', '{text}'),
+            ('emergency_stops', '{id,executions_stopped}', '{bigint}'),
+            ('emergency_stops', '{stopped_at}', '{timestamptz}'),
+            ('batch_changes', '{operation,job_id,previous_status}', '{text}'),
+            ('batch_changes', '{executions_stopped}', '{bigint}'),
+            ('batch_changes', '{attempt}', '{int}'),
+            ('batch_changes', '{changed_at}', '{timestamptz}')
+        ) AS n (table_name, column_names, types)
+        CROSS JOIN unnest(n.column_names) AS u (column_name)
+        LEFT JOIN pg_attribute a
+            ON a.attrelid = to_regclass(n.table_name) AND a.attname = u.column_name AND NOT a.attisdropped
+        LEFT JOIN pg_type t ON t.oid = a.atttypid
+        LEFT JOIN pg_collation c ON c.oid = a.attcollation
+    ), refusals (message) AS (
+        -- Rows that move between partitions, or are written to a child, pass by the triggers of the guard.
+        SELECT format('%s is not an ordinary table: expected one without partitions or children', c.relname)
+        FROM pg_class c
+        WHERE c.oid IN (to_regclass('jobs'), to_regclass('executions'))
+          AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)))
+        UNION ALL
+        SELECT CASE
+            WHEN c.type IS NULL AND c.column_name <> ALL (
+                '{metadata,output,created_at,updated_at,started_at,completed_at}') THEN  -- which the installation adds
+                format('%s is missing: expected %s', c.title, c.expected)
+            WHEN c.attgenerated <> '' THEN format('%s is generated: expected one that can be set', c.title)
+            WHEN c.type <> ALL (c.types) THEN format('%s has type %s: expected %s', c.title, c.type, c.expected)
+            WHEN c.column_name = 'status' AND c.max_length < length('pending') THEN
+                format('%s is varchar(%s): expected room for at least 7 characters', c.title, c.max_length)
+            WHEN c.column_name <> 'status' AND NOT c.collisdeterministic THEN
+                format('%s has the nondeterministic collation %I: expected one in which only the same text is equal',
+                       c.title, c.collname)
+        END
+        FROM columns c
+        WHERE to_regclass(c.table_name) IS NOT NULL
+        UNION ALL
+        SELECT 'column jobs.id is not unique: expected a primary key or a unique index on it alone'
+        WHERE to_regclass('jobs') IS NOT NULL AND NOT EXISTS (
+            SELECT
+            FROM pg_index i
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attname = 'id'
+            WHERE i.indrelid = to_regclass('jobs') AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+              AND i.indnkeyatts = 1)
+        UNION ALL
+        -- A new table of jobs has ids of type text. Types of one category compare: texts, integers, uuid.
+        SELECT CASE
+            WHEN e.typcategory <> COALESCE(j.typcategory, 'S') THEN
+                format('%s has type %s: expected one that compares with jobs.id, which has type %s',
+                       e.title, e.type, COALESCE(j.type, 'text'::regtype))
+            WHEN e.collname <> COALESCE(j.collname, 'default') THEN
+                format('%s has the collation %I: expected that of jobs.id, %I',
+                       e.title, e.collname, COALESCE(j.collname, 'default'))
+        END
+        FROM columns e
+        JOIN columns j ON j.title = 'column jobs.id' AND e.title = 'column executions.job_id'
+    )
+    SELECT r.message FROM refusals r WHERE r.message IS NOT NULL;
+$$;
+
 -- missing_parts(): the columns, indexes and triggers that our tables lack, or that do not do what they should.
 -- Returns  for each what the installation says, the statement that mends it, and the fault if a stop needs that part
 --
@@ -67,7 +144,7 @@ AS $$
     SELECT format(s.does, p.name, p.table_name),
            format(s.statement, p.name, p.table_name, p.definition, split_part(p.shape, ' ', 1)),
            CASE WHEN to_regclass(p.table_name) IS NOT NULL
-                     AND (p.kind = 'trigger' OR p.table_name IN ('executions', 'emergency_stops'))
+                     AND (p.kind <> 'index' OR p.table_name IN ('executions', 'emergency_stops'))
                 THEN format(s.fault, p.name, p.table_name) END
     -- shape: what the catalogs have of it, keys and WHERE of an index, function, tgtype and WHEN of a trigger.
     FROM (VALUES
@@ -112,21 +189,23 @@ AS $$
         FROM pg_attribute a
         WHERE p.kind = 'column' AND a.attrelid = to_regclass(p.table_name) AND a.attname = p.name AND NOT a.attisdropped
         UNION ALL
-        SELECT i.indisvalid AND i.indrelid = to_regclass(p.table_name) AND 0 = ALL (i.indoption::int2[])
+        SELECT i.indisvalid AND 0 = ALL (i.indoption::int2[])
                AND p.shape = concat_ws(' ', string_agg(a.attname, ' ' ORDER BY a.attnum),
                                        CASE WHEN i.indpred IS NOT NULL THEN 'WHERE' END)
         FROM pg_index i
         JOIN pg_attribute a ON a.attrelid = i.indexrelid
-        WHERE p.kind = 'index' AND i.indexrelid = to_regclass(p.name)
+        -- If there is one of this name on another table, PostgreSQL refuses to make ours.
+        WHERE p.kind = 'index' AND i.indexrelid = to_regclass(p.name) AND i.indrelid = to_regclass(p.table_name)
         GROUP BY i.indexrelid
         UNION ALL
-        SELECT t.tgenabled IN ('O', 'A')
+        SELECT t.tgenabled IN ('O', 'A') AND t.tgattr::text = ''
         FROM pg_trigger t
         WHERE p.kind = 'trigger' AND t.tgrelid = to_regclass(p.table_name) AND t.tgname = p.name
           AND p.shape = concat_ws(' ', t.tgfoid::regprocedure, t.tgtype, CASE WHEN t.tgqual IS NOT NULL THEN 'WHEN' END)
     ) AS c ON true
     JOIN (VALUES
-        ('column', false, 'column %2$s.%1$s: added', NULL, 'ALTER TABLE %2$I ADD COLUMN %1$I %3$s'),
+        ('column', false, 'column %2$s.%1$s: added', 'column %2$s.%1$s is missing',
+            'ALTER TABLE %2$I ADD COLUMN %1$I %3$s'),
         ('index', false, 'index %1$s: made', 'index %1$s is missing', 'CREATE INDEX %1$I ON %2$I %3$s'),
         ('index', true, 'index %1$s: invalid or not as it must be, made again', 'index %1$s is not valid',
             'DROP INDEX %1$I; CREATE INDEX %1$I ON %2$I %3$s'),

@@ -5,71 +5,9 @@
 --          lock_not_available (55P03)        others use the tables; nothing was changed
 DO $$
 DECLARE
-    v_refused text[];
+    v_refused CONSTANT text[] := ARRAY(SELECT u.* FROM unfit_tables() AS u);
 BEGIN
-    WITH columns AS (
-        SELECT n.table_name, u.column_name, n.types, a.atttypid::regtype AS type, a.attgenerated, t.typcategory,
-               c.collname, c.collisdeterministic, array_to_string(n.types, ' or ') AS expected,
-               CASE a.atttypid WHEN 'varchar'::regtype THEN NULLIF(a.atttypmod, -1) - 4 END AS max_length,
-               format('column %s.%s', n.table_name, u.column_name) AS title
-        FROM (VALUES
-            ('jobs', '{id}'::name[], '{text,varchar,uuid,bigint,int}'::regtype[]),
-            ('executions', '{id,job_id}', '{text,varchar,uuid,bigint,int,smallint}'),
-            ('jobs', '{status}', '{text,varchar}'),
-            ('executions', '{status}', '{text,varchar}'),
-            ('jobs', '{metadata}', '{jsonb}'),
-            ('executions', '{output}', '{jsonb}'),
-            ('jobs', '{created_at,updated_at}', '{timestamptz,timestamp}'),
-            ('executions', '{created_at,started_at,completed_at}', '{timestamptz,timestamp}')
-        ) AS n (table_name, column_names, types)
-        CROSS JOIN unnest(n.column_names) AS u (column_name)
-        LEFT JOIN pg_attribute a
-            ON a.attrelid = to_regclass(n.table_name) AND a.attname = u.column_name AND NOT a.attisdropped
-        LEFT JOIN pg_type t ON t.oid = a.atttypid
-        LEFT JOIN pg_collation c ON c.oid = a.attcollation
-    ), refusals (message) AS (
-        -- Rows that move between partitions, or are written to a child, pass by the triggers of the guard.
-        SELECT format('%s is not an ordinary table: expected one without partitions or children', c.relname)
-        FROM pg_class c
-        WHERE c.oid IN (to_regclass('jobs'), to_regclass('executions'))
-          AND (c.relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhrelid, i.inhparent)))
-        UNION ALL
-        SELECT CASE
-            WHEN c.type IS NULL AND c.column_name IN ('id', 'job_id', 'status') THEN
-                format('%s is missing: expected %s', c.title, c.expected)
-            WHEN c.attgenerated <> '' THEN format('%s is generated: expected one that can be set', c.title)
-            WHEN c.type <> ALL (c.types) THEN format('%s has type %s: expected %s', c.title, c.type, c.expected)
-            WHEN c.column_name = 'status' AND c.max_length < length('pending') THEN
-                format('%s is varchar(%s): expected room for at least 7 characters', c.title, c.max_length)
-            WHEN c.column_name <> 'status' AND NOT c.collisdeterministic THEN
-                format('%s has the nondeterministic collation %I: expected one in which only the same text is equal',
-                       c.title, c.collname)
-        END
-        FROM columns c
-        WHERE to_regclass(c.table_name) IS NOT NULL
-        UNION ALL
-        SELECT 'column jobs.id is not unique: expected a primary key or a unique index on it alone'
-        WHERE to_regclass('jobs') IS NOT NULL AND NOT EXISTS (
-            SELECT
-            FROM pg_index i
-            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] AND a.attname = 'id'
-            WHERE i.indrelid = to_regclass('jobs') AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-              AND i.indnkeyatts = 1)
-        UNION ALL
-        -- A new table of jobs has ids of type text. Types of one category compare: texts, integers, uuid.
-        SELECT CASE
-            WHEN e.typcategory <> COALESCE(j.typcategory, 'S') THEN
-                format('%s has type %s: expected one that compares with jobs.id, which has type %s',
-                       e.title, e.type, COALESCE(j.type, 'text'::regtype))
-            WHEN e.collname <> COALESCE(j.collname, 'default') THEN
-                format('%s has the collation %I: expected that of jobs.id, %I',
-                       e.title, e.collname, COALESCE(j.collname, 'default'))
-        END
-        FROM columns e
-        JOIN columns j ON j.title = 'column jobs.id' AND e.title = 'column executions.job_id'
-    )
-    SELECT array_agg(r.message) INTO v_refused FROM refusals r WHERE r.message IS NOT NULL;
-    IF v_refused IS NOT NULL THEN
+    IF cardinality(v_refused) > 0 THEN
         RAISE invalid_table_definition
             USING MESSAGE = v_refused[1], DETAIL = array_to_string(v_refused, E'\n'),
                   HINT = 'Nothing was installed or changed.';

@@ -127,7 +127,12 @@ BEGIN
         JOIN pg_roles r ON r.rolname = v_owner AND NOT r.rolsuper AND NOT r.rolbypassrls
         WHERE c.relforcerowsecurity OR NOT pg_has_role(v_owner, c.relowner, 'USAGE')
         UNION ALL
+        SELECT u.* FROM unfit_tables() u
+        UNION ALL
         SELECT m.fault FROM missing_parts() m WHERE m.fault IS NOT NULL
+        UNION ALL
+        SELECT 'session_replication_role is replica: the triggers of the guard do not fire'
+        WHERE current_setting('session_replication_role') = 'replica'
         UNION ALL
         SELECT format('column %s.id has another type than it had at the installation: install again', f.table_name)
         FROM (VALUES ('to_job_id(text)', 'jobs'), ('to_execution_id(text)', 'executions')) AS f (signature, table_name)

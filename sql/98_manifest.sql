@@ -8,7 +8,7 @@ SET search_path FROM CURRENT
 AS $$
 BEGIN
     RETURN QUERY
-        SELECT p.oid, md5(concat_ws(' ', p.prosrc, p.prosecdef, p.provolatile, p.proconfig))
+        SELECT p.oid, md5(concat_ws(' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))
         FROM pg_proc p
         WHERE p.oid = ANY (functions);
 END;

@@ -128,8 +128,45 @@ FAULTY = {
     "an index of the name on another table": (
         "ALTER INDEX executions_job_id_id_idx RENAME TO another; CREATE TABLE theirs (job_id text, id bigint);"
         "CREATE INDEX executions_job_id_id_idx ON theirs (job_id, id)",
-        "index executions_job_id_id_idx is not valid",
+        "index executions_job_id_id_idx is missing",
         "DROP TABLE theirs; ALTER INDEX another RENAME TO executions_job_id_id_idx",
+    ),
+    "a column of another name": (
+        "ALTER TABLE executions RENAME output TO output_data",
+        "column executions.output is missing",
+        "ALTER TABLE executions RENAME output_data TO output",
+    ),
+    "a column of another type": (
+        "ALTER TABLE jobs ALTER metadata TYPE json",
+        "column jobs.metadata has type json: expected jsonb",
+        "ALTER TABLE jobs ALTER metadata TYPE jsonb",
+    ),
+    "a column that is generated": (
+        "ALTER TABLE executions DROP completed_at, ADD completed_at timestamptz GENERATED ALWAYS AS (started_at) STORED",
+        "column executions.completed_at is generated: expected one that can be set",
+        "ALTER TABLE executions DROP completed_at, ADD completed_at timestamptz",
+    ),
+    "a column of the record": (
+        "ALTER TABLE emergency_stops RENAME reason TO why",
+        "column emergency_stops.reason is missing: expected text",
+        "ALTER TABLE emergency_stops RENAME why TO reason",
+    ),
+    "a child": (
+        "CREATE TABLE child () INHERITS (executions)",
+        "executions is not an ordinary table: expected one without partitions or children",
+        "DROP TABLE child",
+    ),
+    "a function that answers NULL": (
+        "ALTER FUNCTION emergency_stop_job STRICT",
+        "function emergency_stop_job(text,text,boolean,jsonb) is not the one that was installed: it was changed since",
+        "ALTER FUNCTION emergency_stop_job CALLED ON NULL INPUT",
+    ),
+    "a trigger for some columns only": (
+        """CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE OF id ON jobs FOR EACH ROW
+        WHEN (OLD.status = ANY ('{completed,failed,cancelled}')) EXECUTE FUNCTION guard_updated_job()""",
+        "trigger guard_updated_job on table jobs is disabled",
+        """CREATE OR REPLACE TRIGGER guard_updated_job AFTER UPDATE ON jobs FOR EACH ROW
+        WHEN (OLD.status = ANY ('{completed,failed,cancelled}')) EXECUTE FUNCTION guard_updated_job()""",
     ),
     "no foreign key": (
         "ALTER TABLE executions DROP CONSTRAINT executions_job_id_fkey",
@@ -147,6 +184,11 @@ FAULTY = {
         "ALTER FUNCTION another(oid[]) RENAME TO function_checksums",
     ),
 }
+
+
+def test_triggers_that_do_not_fire_in_any_session_are_a_fault(db):
+    db.execute("SET session_replication_role = 'replica'")
+    assert db.execute(FAULTS).fetchall() == [("session_replication_role is replica: the triggers of the guard do not fire",)]
 
 
 @pytest.mark.parametrize("name", FAULTY)

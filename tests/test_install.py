@@ -697,3 +697,21 @@ def test_psql_alone_installs_stops_is_told_who_is_in_the_way_ends_them_and_relea
     assert json.loads(released.stdout)["message"] == "Job released"
     unknown = run_psql(bare_url, *options, "-c", "SELECT emergency_stop_job('nix')")
     assert (unknown.returncode, json.loads(unknown.stdout)) == (0, {"error": "job not found", "job_id": "nix"})
+
+
+def test_an_index_of_the_applications_own_is_not_dropped_for_its_name(bare_database, server_url):
+    """It was, and its table had none any more."""
+    bare_database.execute("CREATE TABLE theirs (a int); CREATE INDEX jobs_updated_at_failed_idx ON theirs (a)")
+    bare_database.commit()
+
+    with pytest.raises(psycopg.errors.DuplicateTable, match="jobs_updated_at_failed_idx"):
+        beacon_stop.init_db(url_of(bare_database, server_url))
+    assert bare_database.execute("SELECT tablename FROM pg_indexes WHERE schemaname = 'public'").fetchall() == [("theirs",)]
+
+
+def test_a_table_of_the_applications_own_that_is_called_like_a_record_is_refused_by_name(bare_database, server_url):
+    bare_database.execute("CREATE TABLE emergency_stops (id int, foo text)")
+    bare_database.commit()
+
+    with pytest.raises(psycopg.errors.InvalidTableDefinition, match=r"column emergency_stops\.\w+ (is missing|has type)"):
+        beacon_stop.init_db(url_of(bare_database, server_url))
