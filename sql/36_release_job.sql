@@ -38,6 +38,7 @@ BEGIN
             RAISE lock_not_available;
         END IF;
         PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+        PERFORM wait_for_barrier(v_barrier # 1, '20ms');  -- who holds the row must not wait for the barrier
         PERFORM limit_lock_wait(deadline - clock_timestamp());
         LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;
         PERFORM lock_job_row(lock_stopped_job.id, deadline - clock_timestamp(), lock_table => true);
