@@ -3,7 +3,7 @@
 -- Every job has a barrier, an advisory lock whose key is made of the job's id. A transaction that starts an execution
 -- holds the barrier shared until it ends. A stop takes the barrier alone. Advisory locks queue fairly; row locks do
 -- not: inserters, whose foreign key shares the job's row, would for ever overtake a stop that waited for that row.
--- A stop that has the barrier, and waits for rows, has a second lock, whose key differs in the last bit.
+-- A stop or a release that has the barrier, and waits for rows, has a second lock, whose key differs in the last bit.
 
 -- admit_execution(job_id): lets the calling transaction start executions of a job, if the job has not ended.
 -- Raises   object_not_in_prerequisite_state (55000)  the job is in a terminal state
