@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 
@@ -13,7 +14,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from conftest import count_active, wait_until
+from conftest import count_active, in_thread, is_waiting, wait_until
 
 UTC = timezone.utc
 
@@ -441,3 +442,64 @@ def test_a_job_that_has_the_mark_but_has_not_ended_is_stopped(db, make_job, stop
 
     assert stop(job_id)["message"] == "Job emergency stopped"
     assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
+
+
+# --- What a stop locks before it changes anything, if the first attempt has failed ---
+
+
+@pytest.mark.parametrize("job_first", [True, False])
+def test_the_job_and_its_active_executions_are_locked_and_nothing_else(connect, db, make_job, job_first):
+    job_id, other = make_job(pending=1, running=1, processing=1, completed=1), make_job(running=1)
+    stopper = connect(autocommit=False)
+    free = "SELECT status FROM executions WHERE job_id = %s FOR SHARE SKIP LOCKED"
+
+    stopper.execute("SELECT lock_rows(%s, '1 s', %s)", (job_id, job_first))
+    assert db.execute(free, (job_id,)).fetchall() == [("completed",)]
+    assert db.execute(free, (other,)).fetchall() == [("running",)]
+    assert db.execute("SELECT id FROM jobs FOR SHARE SKIP LOCKED").fetchall() == [(other,)]
+
+
+def test_a_row_that_is_let_go_while_it_is_waited_for_is_locked(connect, db, make_job):
+    job_id = make_job()
+    holder, stopper = connect(autocommit=False), connect(autocommit=False)
+    holder.execute("SELECT FROM jobs FOR UPDATE")
+
+    with in_thread(stopper.execute, "SELECT lock_job_row(%s, '10 s', lock_table => false)", (job_id,)):
+        wait_until(lambda: is_waiting(db, stopper))
+        holder.rollback()
+    assert db.execute("SELECT FROM jobs FOR SHARE SKIP LOCKED").fetchall() == []
+    assert db.execute("SELECT FROM pg_locks WHERE mode = 'ExclusiveLock' AND relation = 'jobs'::regclass").fetchall() == []
+
+
+def test_while_an_execution_is_waited_for_the_table_is_not_locked(connect, db, make_job):
+    """Even where sessions share the job's row: all jobs would wait with this one."""
+    job_id = make_job(running=1)
+    sharer, holder, stopper = connect(autocommit=False), connect(autocommit=False), connect(autocommit=False)
+    sharer.execute("SELECT FROM jobs FOR SHARE")
+    holder.execute("SELECT FROM executions FOR UPDATE")
+
+    with in_thread(stopper.execute, "SELECT lock_rows(%s, '10 s', job_first => true)", (job_id,)):
+        wait_until(lambda: is_waiting(db, stopper))
+        assert db.execute("SELECT FROM pg_locks WHERE mode = 'ExclusiveLock' AND relation = 'jobs'::regclass").fetchall() == []
+        sharer.rollback()
+        holder.rollback()
+
+
+def test_no_wait_for_a_row_lasts_longer_than_it_is_given(connect, db, make_job):
+    job_id, holder = make_job(running=1), connect(autocommit=False)
+    holder.execute("SELECT FROM jobs, executions FOR UPDATE")
+    started = time.monotonic()
+
+    for wait in (
+        "lock_job_row(%s, '100 ms', false)",
+        "lock_job_row(%s, '100 ms', true)",
+        "lock_rows(%s, '100 ms', true)",
+        "lock_rows(%s, '100 ms', false)",
+    ):
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            db.execute(f"SELECT {wait}", (job_id,))
+    assert time.monotonic() - started < 3
+    for none in ("0", "-1 ms"):
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="is over"):
+            db.execute("SELECT limit_lock_wait(%s)", (none,))  # lock_timeout = 0 would wait for ever
+    holder.rollback()
