@@ -75,6 +75,14 @@ def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (2,)
 
 
+def test_where_there_is_nothing_to_release_nobody_is_waited_for(make_job, connect, service, release):
+    job_id, holder = make_job(), connect(autocommit=False)
+    holder.execute("SELECT pg_advisory_xact_lock(job_barrier(id)) FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    service.execute("SET lock_timeout = '100ms'")
+
+    assert release(job_id)["error"] == "job is not stopped"
+
+
 @pytest.mark.parametrize("metadata", [None, {"owner": "me"}, [1, 2], "text"])
 def test_a_job_that_failed_by_itself_and_was_stopped_then_is_released(db, make_job, stop, release, metadata):
     job_id = make_job(status="failed", metadata=metadata)
