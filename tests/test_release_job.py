@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import beacon_stop
 import psycopg
@@ -148,6 +149,25 @@ def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_
     service.execute("RESET default_transaction_isolation; SET default_transaction_read_only = on")
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         service.execute(RELEASE, (job_id, "mended", "pending"))
+
+
+def test_a_job_that_row_level_security_hides_is_an_error_and_not_called_unknown(db, make_job, stop, release):
+    """The function belongs to a role that is no superuser and does not own the table."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    with suppress(psycopg.errors.DuplicateObject):
+        db.execute("CREATE ROLE beacon_weak_owner")
+    db.execute("""
+        GRANT ALL ON SCHEMA public TO beacon_weak_owner;
+        GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner;
+        GRANT ALL ON ALL FUNCTIONS IN SCHEMA public TO beacon_weak_owner;
+        ALTER FUNCTION release_job OWNER TO beacon_weak_owner;
+        ALTER TABLE jobs ENABLE ROW LEVEL SECURITY""")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+        release(job_id)
+    db.execute("ALTER TABLE jobs DISABLE ROW LEVEL SECURITY")
+    assert release(job_id)["ok"]
 
 
 @pytest.mark.parametrize("hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"])
