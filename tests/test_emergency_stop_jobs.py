@@ -95,7 +95,7 @@ def test_a_locked_job_is_left_out_and_told_and_the_others_are_stopped(db, connec
 
 def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_and_not_held(db, connect, make_job):
     """The call was named as a session that holds the job. With force it was ended, which undid its other stops."""
-    make_job("a", running=1), make_job("b", running=1)
+    make_job("a", running=1), make_job("b", running=1), make_job("c", running=1)
     several, by_hand = connect(autocommit=False), connect()
     by_hand.execute("SET lock_timeout = '100ms'")
     blockers = "SELECT pid FROM emergency_stop_blockers('a')"
@@ -115,9 +115,11 @@ def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_a
         finally:
             let_stops_go(db)
     assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+    several.execute("SELECT emergency_stop_job('c')")  # in the same transaction, as by itself
     with in_thread(several.execute, "SELECT pg_sleep(0.5)"):  # at work, but not on the stops
         wait_until(lambda: stops_are_held(db))
         assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+        assert db.execute("SELECT pid FROM emergency_stop_blockers('c')").fetchall() == [(several.info.backend_pid,)]
     several.commit()
     assert count_active(db, "a") + count_active(db, "b") == 0
 
