@@ -66,7 +66,7 @@ TESTS = {
     "30_emergency_stop_job": f"{STOPS} emergency_stop_dry_run emergency_stop_jobs release_job tables install",
     "31_emergency_stop_blockers": f"{STOPS} emergency_stop_status questions_with_other_ids",
     "32_emergency_stop_jobs": "emergency_stop_jobs http hostile",
-    "36_release_job": "release_job emergency_stop_status repair_stuck_jobs timeout_stuck_jobs",
+    "36_release_job": "release_job application_triggers emergency_stop_status repair_stuck_jobs timeout_stuck_jobs",
     "38_emergency_stop_faults": "emergency_stop_faults install tables",
     "40_get_job": "get_job tables",
     "50_list_executions": "list_executions tables",

@@ -1,6 +1,7 @@
 """sql/33_emergency_stop_dry_run.sql: it says what a stop would do, and nothing of it stays."""
 
 import json
+import re
 import threading
 
 import psycopg
@@ -52,6 +53,22 @@ def test_it_leaves_nothing_behind(db, make_job, connect, service_url, service, d
     assert [notice.payload for notice in listener.notifies(timeout=5, stop_after=1)] == ["the last"]
 
 
+def test_it_tells_tenths_of_milliseconds(make_job, service):
+    (answer,) = service.execute("SELECT emergency_stop_dry_run(%s)::text", (make_job(running=1),)).fetchone()
+
+    assert re.search(r', "dry_run": true, "took_ms": \d+\.\d}$', answer)
+
+
+def test_the_lock_timeout_of_the_transaction_and_of_the_session_stay_as_they_are(make_job, service, dry_run):
+    service.execute("SET lock_timeout = '3s'")
+
+    with service.transaction():
+        service.execute("SET LOCAL lock_timeout = '5s'")
+        dry_run(make_job(running=1))
+        assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)
+    assert service.execute("SHOW lock_timeout").fetchone() == ("3s",)
+
+
 def test_in_a_transaction_it_gives_back_its_locks_at_once(db, connect, service_url, make_job):
     job_id = make_job(running=3)
     operator = connect(service_url, autocommit=False)
@@ -100,6 +117,16 @@ def test_who_locks_the_whole_table_of_executions_is_named(make_job, connect, ser
     with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked") as error:
         dry_run(job_id)
     assert [each["pid"] for each in json.loads(error.value.diag.message_detail)] == [session.info.backend_pid]
+
+
+def test_where_there_is_no_lock_timeout_it_does_not_count_for_ever(db, make_job, connect, service, dry_run):
+    job_id, session = make_job(running=3), connect(autocommit=False)
+    session.execute("LOCK TABLE executions IN ACCESS EXCLUSIVE MODE")
+    change_function(db, "emergency_stop_job", "'10s'", "'100ms'")
+    service.execute("SET statement_timeout = '5s'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked"):
+        dry_run(job_id)
 
 
 def test_beyond_ten_thousand_active_executions_it_is_refused(db, make_job, dry_run):
@@ -172,8 +199,12 @@ def test_a_hundred_beside_stops_of_the_same_jobs_keep_none_from_being_stopped(db
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (50,)
 
 
-def test_the_ten_thousand_are_those_of_the_job_alone_in_whatever_active_state(make_job, dry_run):
-    large, small = make_job(pending=4_000, running=4_000, processing=2_001), make_job(running=1)
+def test_the_ten_thousand_are_those_of_the_job_alone_in_whatever_active_state(db, make_job, dry_run):
+    """They are counted before anything is done: the trigger of the large job does not fire."""
+    large, small = make_job("large", pending=4_000, running=4_000, processing=2_001), make_job(running=1)
+    db.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE feature_not_supported; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = 'large') EXECUTE FUNCTION refuse()""")
 
     with pytest.raises(psycopg.errors.InvalidParameterValue, match="more than 10000 active executions"):
         dry_run(large)

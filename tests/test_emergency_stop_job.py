@@ -281,6 +281,29 @@ def test_an_id_too_long_for_a_notification_is_stopped_all_the_same(db, connect, 
     assert [json.loads(notice.payload)["job_id"] for notice in listener.notifies(timeout=10, stop_after=1)] == ["a"]
 
 
+def test_the_longest_payload_that_postgresql_takes_is_told_and_a_longer_one_does_no_harm(connect, db):
+    listener = connect()
+    listener.execute("LISTEN emergency_stop")
+
+    for length in (7_999, 8_000):  # with the quotation marks
+        db.execute("SELECT notify_workers('emergency_stop', to_json(repeat('x', %s)))", (length - 2,))
+    db.execute("NOTIFY emergency_stop, 'the last'")
+    assert [len(notice.payload) for notice in listener.notifies(timeout=10, stop_after=2)] == [7_999, len("the last")]
+
+
+def test_an_insert_for_one_job_that_goes_on_is_admitted_at_the_first_look(db, make_job):
+    """Every insert pays for it. What looks at several jobs costs several times as much."""
+    one, other = make_job(), make_job()
+    db.execute("""
+        CREATE OR REPLACE FUNCTION admit_execution(job_id text) RETURNS void LANGUAGE plpgsql
+        AS $$ BEGIN RAISE feature_not_supported; END $$""")
+
+    db.execute("INSERT INTO executions (job_id) VALUES (%(one)s), (%(one)s), (%(one)s)", {"one": one})
+    assert count_active(db, one) == 3
+    with pytest.raises(psycopg.errors.FeatureNotSupported):
+        db.execute("INSERT INTO executions (job_id) VALUES (%s), (%s)", (one, other))
+
+
 def test_a_reason_of_the_users_own_in_the_metadata_is_kept(db, make_job, stop, service):
     """Version 1.0 dropped it where there was a `stopped_by`. What the last stop has left is not carried over to the next."""
     own = make_job(metadata={"stopped_by": "somebody", "reason": "their own"})
@@ -351,8 +374,9 @@ def test_row_level_security_is_an_error_not_a_silent_nothing(db, connect, make_j
 
     for table in ("jobs", "executions"):
         db.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY; ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
-        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
-            connect().execute("SELECT emergency_stop_job(%s)", (job_id,))
+        for function in ("emergency_stop_job", "emergency_stop_dry_run"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+                connect().execute(f"SELECT {function}(%s)", (job_id,))
         db.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
     assert connect().execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]["executions_stopped"] == 2
 

@@ -14,7 +14,18 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
-from conftest import TOKEN, Client, count_active, hold_stops, in_thread, is_waiting, let_stops_go, stops_are_held, wait_until
+from conftest import (
+    TOKEN,
+    Client,
+    change_function,
+    count_active,
+    hold_stops,
+    in_thread,
+    is_waiting,
+    let_stops_go,
+    stops_are_held,
+    wait_until,
+)
 
 STOP_JOBS = "SELECT id, summary FROM emergency_stop_jobs(%s, %s)"
 
@@ -84,7 +95,7 @@ def test_a_locked_job_is_left_out_and_told_and_the_others_are_stopped(db, connec
 
 def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_and_not_held(db, connect, make_job):
     """The call was named as a session that holds the job. With force it was ended, which undid its other stops."""
-    make_job("a", running=1), make_job("b", running=1)
+    make_job("a", running=1), make_job("b", running=1), make_job("c", running=1)
     several, by_hand = connect(autocommit=False), connect()
     by_hand.execute("SET lock_timeout = '100ms'")
     blockers = "SELECT pid FROM emergency_stop_blockers('a')"
@@ -104,9 +115,11 @@ def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_a
         finally:
             let_stops_go(db)
     assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+    several.execute("SELECT emergency_stop_job('c')")  # in the same transaction, as by itself
     with in_thread(several.execute, "SELECT pg_sleep(0.5)"):  # at work, but not on the stops
         wait_until(lambda: stops_are_held(db))
         assert db.execute(blockers).fetchall() == [(several.info.backend_pid,)]
+        assert db.execute("SELECT pid FROM emergency_stop_blockers('c')").fetchall() == [(several.info.backend_pid,)]
     several.commit()
     assert count_active(db, "a") + count_active(db, "b") == 0
 
@@ -131,6 +144,8 @@ def test_force_ends_those_whose_transactions_are_older_than_the_lock_timeout_and
     old.execute(change, (old_job,))
     query = "SELECT bool_and(transaction_seconds > 0.5) FROM emergency_stop_blockers(%s)"
     wait_until(lambda: db.execute(query, (old_job,)).fetchone()[0])
+    (unforced,) = service.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([old_job],)).fetchone()
+    assert [holder["pid"] for holder in unforced["blocked_by"]] == [old.info.backend_pid]
     young.execute(change, (young_job,))
 
     stop = "SELECT summary FROM emergency_stop_jobs(%s, force => true)"
@@ -138,6 +153,19 @@ def test_force_ends_those_whose_transactions_are_older_than_the_lock_timeout_and
     assert (first["executions_stopped"], first["sessions_ended"]) == (1, 1)
     assert [holder["pid"] for holder in second["blocked_by"]] == [young.info.backend_pid]
     young.rollback()
+
+
+def test_where_there_is_no_lock_timeout_force_ends_those_who_have_held_a_job_for_ten_seconds(db, connect, service, make_job):
+    job_id, worker = make_job(running=1), connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))
+    stop = "SELECT summary FROM emergency_stop_jobs(%s, force => true)"
+
+    change_function(db, "holders_of_job", "clock_timestamp() - COALESCE(p.since, a.xact_start)", "interval '9 s'")
+    (younger,) = service.execute(stop, ([job_id],)).fetchone()
+    assert [holder["pid"] for holder in younger["blocked_by"]] == [worker.info.backend_pid]
+    change_function(db, "holders_of_job", "interval '9 s'", "interval '11 s'")
+    (older,) = service.execute(stop, ([job_id],)).fetchone()
+    assert (older["executions_stopped"], older["sessions_ended"]) == (1, 1)
 
 
 def test_force_ends_the_old_holder_of_a_job_whose_workers_come_and_go(make_app, connect, db, make_job):
@@ -195,10 +223,25 @@ def test_what_emergency_stop_job_refuses_is_refused_for_all(db, service, make_jo
 
     with pytest.raises(psycopg.errors.InvalidParameterValue):
         service.execute(STOP_JOBS, (jobs, "x" * 1001))
-    with pytest.raises(psycopg.errors.InvalidTransactionState), service.transaction():
+    refusal = f"^emergency_stop_jobs cannot run in a {isolation} transaction"
+    with pytest.raises(psycopg.errors.InvalidTransactionState, match=refusal), service.transaction():
         service.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
         service.execute(STOP_JOBS, (jobs, None))
     assert [count_active(db, id) for id in jobs] == [1, 1]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_settings_of_the_session_stay_as_they_are(service, make_job, force):
+    """The next caller of a pooled session would otherwise work with those of this call."""
+    settings = """
+        SELECT current_setting('lock_timeout'), current_setting('beacon_stop.waited'), current_setting('beacon_stop.is_several')"""
+    service.execute("SET lock_timeout = '3s'; SET beacon_stop.waited = '7s'; SET beacon_stop.is_several = off")
+
+    with service.transaction():
+        service.execute("SET LOCAL lock_timeout = '5s'")
+        service.execute("SELECT * FROM emergency_stop_jobs(%s, force => %s)", ([make_job(running=1)], force)).fetchall()
+        assert service.execute("SHOW lock_timeout").fetchone() == ("5s",)
+    assert service.execute(settings).fetchone() == ("3s", "7s", "off")
 
 
 def test_the_commit_is_durable(service, make_job):

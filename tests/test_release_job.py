@@ -3,11 +3,13 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import beacon_stop
 import psycopg
 import pytest
 
-from conftest import change_function, in_thread, is_waiting, wait_until
+from conftest import change_function, in_thread, is_waiting, url_of, wait_until
 
 RELEASE = "SELECT release_job(%s, %s, %s)"
 
@@ -74,6 +76,14 @@ def test_what_is_not_stopped_is_not_released(db, make_job, stop, release):
     assert db.execute("SELECT count(*) FROM emergency_stops").fetchone() == (2,)
 
 
+def test_where_there_is_nothing_to_release_nobody_is_waited_for(make_job, connect, service, release):
+    job_id, holder = make_job(), connect(autocommit=False)
+    holder.execute("SELECT pg_advisory_xact_lock(job_barrier(id)) FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    service.execute("SET lock_timeout = '100ms'")
+
+    assert release(job_id)["error"] == "job is not stopped"
+
+
 @pytest.mark.parametrize("metadata", [None, {"owner": "me"}, [1, 2], "text"])
 def test_a_job_that_failed_by_itself_and_was_stopped_then_is_released(db, make_job, stop, release, metadata):
     job_id = make_job(status="failed", metadata=metadata)
@@ -120,11 +130,13 @@ def test_a_caller_that_is_no_object_is_refused(make_job, stop, service):
         service.execute("SELECT release_job(%s, 'mended', 'pending', '[1]')", (job_id,))
 
 
-def test_the_longest_reason_and_state_do(make_job, stop, release):
+@pytest.mark.parametrize(("reason", "status"), [("x", "y"), ("x" * 1000, "y" * 255)])
+def test_the_shortest_and_the_longest_reason_and_state_do(make_job, stop, release, reason, status):
     job_id = make_job(running=1)
     stop(job_id)
 
-    assert release(job_id, "x" * 1000, "y" * 255)["new_status"] == "y" * 255
+    answer = release(job_id, reason, status)
+    assert (answer["reason"], answer["new_status"]) == (reason, status)
 
 
 def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_job, stop, service):
@@ -137,6 +149,25 @@ def test_above_read_committed_and_in_a_read_only_transaction_it_is_refused(make_
     service.execute("RESET default_transaction_isolation; SET default_transaction_read_only = on")
     with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
         service.execute(RELEASE, (job_id, "mended", "pending"))
+
+
+def test_a_job_that_row_level_security_hides_is_an_error_and_not_called_unknown(db, make_job, stop, release):
+    """The function belongs to a role that is no superuser and does not own the table."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    with suppress(psycopg.errors.DuplicateObject):
+        db.execute("CREATE ROLE beacon_weak_owner")
+    db.execute("""
+        GRANT ALL ON SCHEMA public TO beacon_weak_owner;
+        GRANT ALL ON ALL TABLES IN SCHEMA public TO beacon_weak_owner;
+        GRANT ALL ON ALL FUNCTIONS IN SCHEMA public TO beacon_weak_owner;
+        ALTER FUNCTION release_job OWNER TO beacon_weak_owner;
+        ALTER TABLE jobs ENABLE ROW LEVEL SECURITY""")
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="row-level security"):
+        release(job_id)
+    db.execute("ALTER TABLE jobs DISABLE ROW LEVEL SECURITY")
+    assert release(job_id)["ok"]
 
 
 @pytest.mark.parametrize("hold", ["UPDATE jobs SET updated_at = now()", "SELECT FROM jobs FOR SHARE", "LOCK TABLE jobs IN SHARE MODE"])
@@ -156,6 +187,62 @@ def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, s
     assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
     holder.rollback()
     assert release(job_id)["ok"]
+
+
+def test_it_waits_for_lock_timeout_or_ten_seconds_where_that_is_0(db, service, release):
+    db.execute("""
+        CREATE OR REPLACE FUNCTION lock_stopped_job(id text, asked_id text, deadline timestamptz)
+        RETURNS json LANGUAGE plpgsql AS $$ BEGIN
+            RETURN json_build_object('seconds', extract(epoch FROM deadline - clock_timestamp())); END $$""")
+
+    for lock_timeout, seconds in (("0", 10), ("4s", 4)):
+        service.execute("SELECT set_config('lock_timeout', %s, false)", (lock_timeout,))
+        assert seconds - 2 < release("a")["seconds"] <= seconds
+
+
+def test_already_the_first_look_does_not_wait_for_ever(db, make_job, stop, connect, service, release):
+    """As in a session that has no lock_timeout, while another one changes the table."""
+    job_id, session = make_job(running=1), connect(autocommit=False)
+    stop(job_id)
+    session.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+    change_function(db, "release_job", "'10s'", "'100ms'")
+    service.execute("SET statement_timeout = '5s'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked") as error:
+        release(job_id)
+    assert [each["pid"] for each in json.loads(error.value.diag.message_detail)] == [session.info.backend_pid]
+
+
+def test_if_the_barrier_took_all_the_time_no_other_lock_is_waited_for(db, make_job, stop, service, release):
+    job_id = make_job(running=1)
+    stop(job_id)
+    change_function(db, "wait_for_barrier", "PERFORM pg_advisory_xact_lock(barrier)", "PERFORM pg_sleep(0.15)")
+    service.execute("SET lock_timeout = '100ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked"):
+        release(job_id)
+    assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
+
+
+@pytest.mark.parametrize("hold", ["SELECT pg_advisory_xact_lock_shared(job_barrier(%s))", "SELECT FROM jobs WHERE id = %s FOR UPDATE"])
+def test_who_holds_the_job_and_waits_for_the_same_transaction_is_named(db, make_job, stop, connect, hold):
+    """A deadlock, which PostgreSQL would end by an error of one of them that says nothing of the job."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    settings = "-c statement_timeout=20s -c lock_timeout={} -c deadlock_timeout={}"
+    operator = connect(autocommit=False, options=settings.format("300ms", "10ms"))
+    worker = connect(autocommit=False, options=settings.format("0", "1min"))
+    operator.execute("SELECT pg_advisory_xact_lock(1)")
+    worker.execute(hold, (job_id,))
+
+    with in_thread(worker.execute, "SELECT pg_advisory_xact_lock(1)"):
+        try:
+            wait_until(lambda: is_waiting(db, worker))
+            with pytest.raises(psycopg.errors.LockNotAvailable, match="is locked") as error:
+                operator.execute(RELEASE, (job_id, "mended", "pending"))
+        finally:
+            operator.rollback()
+    assert [each["pid"] for each in json.loads(error.value.diag.message_detail)] == [worker.info.backend_pid]
 
 
 def test_a_release_that_is_not_committed_is_named_to_a_stop(db, make_job, stop, connect, service, service_url):
@@ -201,11 +288,17 @@ def test_the_permission_ends_with_the_release_even_in_its_transaction(make_job, 
 
 @pytest.mark.parametrize(
     "body",
-    ["RETURN NULL", "NEW.status := OLD.status; RETURN NEW", "NEW.metadata := OLD.metadata; RETURN NEW"],
+    [
+        "RETURN NULL",
+        "NEW.status := OLD.status; RETURN NEW",
+        "NEW.status := NULL; RETURN NEW",
+        "NEW.metadata := OLD.metadata; RETURN NEW",
+    ],
 )
 def test_a_trigger_that_undoes_the_release_makes_it_fail(db, make_job, stop, release, body):
     job_id = make_job(running=1)
     stop(job_id)
+    db.execute("ALTER TABLE jobs ALTER status DROP NOT NULL")  # as in a table from before the installation
     db.execute(f"""
         CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; END $$;
         CREATE TRIGGER undo BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION undo()""")
@@ -214,6 +307,34 @@ def test_a_trigger_that_undoes_the_release_makes_it_fail(db, make_job, stop, rel
         release(job_id)
     assert error.value.diag.message_detail.startswith("Its status is ")
     assert db.execute("SELECT count(*) FROM emergency_stops WHERE action = 'release'").fetchone() == (0,)
+
+
+def test_it_leaves_the_settings_of_its_session_as_they_are(service, make_job, stop, release):
+    """Also those of a release whose trigger has called this one."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    settings = "SELECT current_setting('lock_timeout'), current_setting('beacon_stop.releasing')"
+    service.execute("SET lock_timeout = '3s'; SET beacon_stop.releasing = 'another'")
+
+    with service.transaction():
+        service.execute("SET LOCAL lock_timeout = '5s'; SET LOCAL beacon_stop.releasing = 'a third'")
+        release(job_id)
+        assert service.execute(settings).fetchone() == ("5s", "a third")
+    assert service.execute(settings).fetchone() == ("3s", "another")
+
+
+def test_a_column_without_a_time_zone_has_the_installers_time_whatever_the_session_says(bare_database, server_url, connect):
+    url = url_of(bare_database, server_url)
+    db, session = connect(url), connect(url)
+    db.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text, updated_at timestamp)")
+    beacon_stop.init_db(url)
+    db.execute("INSERT INTO jobs (id, status) VALUES ('a', 'processing')")
+    session.execute("SET timezone = 'Asia/Tokyo'")
+    session.execute("SELECT emergency_stop_job('a')")
+    session.execute(RELEASE, ("a", "mended", "pending"))
+
+    off = "SELECT abs(extract(epoch FROM updated_at - localtimestamp)) < 60 FROM jobs"
+    assert db.execute(off).fetchone() == (True,)
 
 
 def test_it_waits_for_the_disk_although_the_session_does_not(make_job, stop, connect, service_url):
