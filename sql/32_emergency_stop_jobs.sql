@@ -17,6 +17,8 @@ AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
     v_held_for     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_is_several   CONSTANT text := current_setting('beacon_stop.is_several', true);  -- of the call whose trigger
+    v_waited       CONSTANT text := current_setting('beacon_stop.waited', true);      -- has called this one
     v_summaries    json[] := '{}'::json[];
     v_job          record;
     v_detail       text;
@@ -48,12 +50,12 @@ BEGIN
         END;
     END LOOP;
     -- This stop is done with all of them only now.
-    PERFORM set_config('beacon_stop.is_several', '', true);
+    PERFORM set_config('beacon_stop.is_several', v_is_several, true);
     PERFORM pg_advisory_xact_lock_shared(job_barrier(to_job_id(j.id)::text))
     FROM unnest(ids, v_summaries) AS j (id, summary)
     WHERE j.summary ->> 'stopped_at' IS NOT NULL;
     -- Before the commit, in which NOTIFY waits for others who are committing.
-    PERFORM set_config('lock_timeout', v_lock_timeout, true), set_config('beacon_stop.waited', '', true);
+    PERFORM set_config('lock_timeout', v_lock_timeout, true), set_config('beacon_stop.waited', v_waited, true);
     RETURN QUERY SELECT j.id, j.summary FROM unnest(ids, v_summaries) AS j (id, summary);
 END;
 $$;

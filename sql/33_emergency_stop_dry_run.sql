@@ -8,7 +8,6 @@
 CREATE OR REPLACE FUNCTION emergency_stop_dry_run(id text)
 RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
-SET row_security = off
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(emergency_stop_dry_run.id);

@@ -124,6 +124,18 @@ def test_a_job_of_a_call_that_is_still_at_work_on_another_one_is_being_stopped_a
     assert count_active(db, "a") + count_active(db, "b") == 0
 
 
+def test_a_call_inside_of_another_one_leaves_that_ones_settings_as_they_are(db, make_job):
+    """The outer one would take every holder for one who has held a job for long enough."""
+    job_id = make_job(running=1)
+    settings = "SELECT current_setting('beacon_stop.is_several'), current_setting('beacon_stop.waited')"
+
+    with db.transaction():
+        db.execute("SELECT set_config('beacon_stop.is_several', 'on', true), set_config('beacon_stop.waited', '7 s', true)")
+        db.execute("SELECT emergency_stop_jobs(%s, force => true)", ([job_id],))
+        assert db.execute(settings).fetchone() == ("on", "7 s")
+    assert count_active(db, job_id) == 0
+
+
 def test_patience_is_how_long_each_is_waited_for(db, connect, service, make_job):
     job_id = make_job(running=1)
     worker = connect(autocommit=False)
