@@ -69,13 +69,12 @@ AS $$
             ('executions', '{output}', '{jsonb}'),
             ('jobs', '{created_at,updated_at}', '{timestamptz,timestamp}'),
             ('executions', '{created_at,started_at,completed_at}', '{timestamptz,timestamp}'),
-            ('emergency_stops', '{job_id,previous_status,reason,stopped_by,database_user}', '{text}'),
-            ('emergency_stops', '{id,executions_stopped}', '{bigint}'),
-            ('emergency_stops', '{stopped_at}', '{timestamptz}'),
-            ('batch_changes', '{operation,job_id,previous_status}', '{text}'),
-            ('batch_changes', '{executions_stopped}', '{bigint}'),
-            ('batch_changes', '{attempt}', '{int}'),
-            ('batch_changes', '{changed_at}', '{timestamptz}')
+            ('emergency_stops', '{job_id,previous_status,reason,stopped_by,database_user}', '{text,varchar}'),
+            ('emergency_stops', '{id,executions_stopped}', '{bigint,int}'),
+            ('emergency_stops', '{stopped_at}', '{timestamptz,timestamp}'),
+            ('batch_changes', '{operation,job_id,previous_status}', '{text,varchar}'),
+            ('batch_changes', '{executions_stopped,attempt}', '{bigint,int}'),
+            ('batch_changes', '{changed_at}', '{timestamptz,timestamp}')
         ) AS n (table_name, column_names, types)
         CROSS JOIN unnest(n.column_names) AS u (column_name)
         LEFT JOIN pg_attribute a

@@ -148,7 +148,7 @@ FAULTY = {
     ),
     "a column of the record": (
         "ALTER TABLE emergency_stops RENAME reason TO why",
-        "column emergency_stops.reason is missing: expected text",
+        "column emergency_stops.reason is missing: expected text or character varying",
         "ALTER TABLE emergency_stops RENAME why TO reason",
     ),
     "a child": (
