@@ -18,7 +18,7 @@
 --                                             not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
---          works; where sessions share the row's lock, the table jobs, EXCLUSIVE; all until the transaction ends. With
+--          works; where sessions share the lock of a row, its table, EXCLUSIVE; all until the transaction ends. With
 --          nothing to stop or to record it locks nothing. With force it ends the sessions that have held the job for
 --          lock_timeout, and then waits for as long once more, but at least 1 s.
 --
@@ -119,6 +119,14 @@ BEGIN
         EXIT WHEN NOT FOUND;
         v_began := clock_timestamp();
         PERFORM limit_lock_wait(v_rest);
+        BEGIN  -- as in lock_job_row()
+            PERFORM FROM executions e WHERE e.id = v_held.id FOR SHARE SKIP LOCKED;
+            IF FOUND THEN
+                RAISE triggered_action_exception;
+            END IF;
+        EXCEPTION WHEN triggered_action_exception THEN
+            LOCK TABLE executions IN EXCLUSIVE MODE;
+        END;
         PERFORM
         FROM executions e
         WHERE e.id = v_held.id AND e.job_id = v_id AND e.status IN ('pending', 'running', 'processing')
@@ -463,8 +471,9 @@ BEGIN
             v_barred := wait_for_barrier(v_barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
             CONTINUE WHEN v_barred AND clock_timestamp() < v_deadline;
         END IF;
-        -- Each wait is longer than the last, and at least as long as it took to lock what was free.
-        v_wait := greatest(v_wait * CASE v_attempt WHEN 1 THEN 4 ELSE 2 END, clock_timestamp() - v_began - v_wait);
+        -- Each wait is longer than the last, and at least as long as it took to lock what was free: in each attempt the
+        -- stop begins anew at the end of the queue for a row, which may be long.
+        v_wait := greatest(v_wait * 4, clock_timestamp() - v_began - v_wait);
         v_wait := least(v_wait, v_deadline - clock_timestamp());
         v_attempt := v_attempt + 1;
         IF v_attempt = 2 THEN  -- from now on it waits for rows, and whoever holds them must not wait for the barrier

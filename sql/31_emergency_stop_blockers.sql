@@ -224,8 +224,8 @@ BEGIN
     ELSIF problem IS NOT NULL THEN
         RAISE lock_not_available
             USING MESSAGE = format('job %L could not be stopped in %s: %s', id, patience, problem),
-                  HINT = 'Nobody is known to hold it. Triggers of the application may have waited for something else. '
-                         'Look at the triggers of the tables jobs and executions, or try again.';
+                  HINT = 'Nobody is known to hold it now. Short transactions may have held it in turn: try again. Or '
+                         'triggers of the tables jobs and executions have waited for something else: look at them.';
     END IF;
     RETURN 0;
 END;

@@ -11,7 +11,7 @@
 --          own. "confirmation" is null if no stop is on record. "outstanding" has 20 executions at most, in the order
 --          of their ids; "history" the 20 last records, newest first.
 --          {"error": "job not found", "job_id": "a"}
--- Raises   read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
+-- Raises   read_only_sql_transaction (25006)  the transaction is read-only, and others hold rows of the job
 --          lock_not_available (55P03)         others hold a whole table; DETAIL has them, as a JSON array
 -- Locks    what emergency_stop_blockers locks: nothing that outlives the call. It waits for 1 s at most
 --          for each table that is locked

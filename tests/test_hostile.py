@@ -147,6 +147,59 @@ def test_a_flood_of_workers_that_lock_a_row_first_is_stopped(make_app, db, make_
     assert count_stopped(db, job_id) == answer.json["executions_stopped"]
 
 
+def test_a_long_queue_for_the_jobs_row_does_not_starve_a_stop(connect, db, make_job, service):
+    """The stop joins it at its end with each attempt. The longest wait of an attempt was 740 ms; 1.0 had its turn."""
+    job_id, ended = make_job(pending=1), threading.Event()
+    service.execute("SET lock_timeout = '2s'")
+    workers = [connect(autocommit=False) for _ in range(16)]
+
+    def work(session):
+        with contextlib.suppress(REFUSED):
+            while not ended.is_set():
+                with contextlib.suppress(psycopg.errors.SerializationFailure):
+                    session.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+                    time.sleep(0.05)
+                    session.execute("INSERT INTO executions (job_id) VALUES (%s)", (job_id,))
+                session.rollback()
+
+    with ThreadPoolExecutor(len(workers)) as threads:
+        working = [threads.submit(work, session) for session in workers]
+        try:
+            queueing = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pid = ANY (%s)"
+            wait_until(lambda: db.execute(queueing, ([each.info.backend_pid for each in workers],)).fetchone()[0] == 15)
+            answer = service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]
+        finally:
+            ended.set()
+    assert answer["message"] == "Job emergency stopped"
+    assert all(each.exception() is None for each in working)
+
+
+@pytest.mark.parametrize("table", ["jobs", "executions"])
+def test_sharers_of_a_row_who_end_one_after_the_other_do_not_put_off_the_answer(connect, db, make_job, service, table):
+    """PostgreSQL waits for each of them in turn, each time for as long as lock_timeout says: 7 s instead of 2."""
+    job_id, ended = make_job(running=1), threading.Event()
+    service.execute("SET lock_timeout = '1s'")
+    sharers = [connect(autocommit=False) for _ in range(40)]
+    for sharer in sharers:
+        sharer.execute(f"SELECT FROM {table} FOR SHARE")
+
+    def let_go():
+        for sharer in sharers:
+            if not ended.wait(0.1):
+                sharer.rollback()
+
+    with in_thread(let_go):
+        started = time.monotonic()
+        try:
+            with pytest.raises(psycopg.errors.LockNotAvailable) as locked:
+                service.execute("SELECT emergency_stop_job(%s)", (job_id,))
+        finally:
+            ended.set()
+    assert time.monotonic() - started < 2
+    assert len(json.loads(locked.value.diag.message_detail)) > 1
+    assert count_active(db, job_id) == 1
+
+
 @pytest.mark.parametrize("sleep_ms", [0, 5])
 def test_a_flood_that_counts_as_no_progress_does_not_keep_its_job_from_timing_out(client, db, make_job, flood, sleep_ms):
     """With pg_try_advisory_xact_lock in place of a short turn in the queue: ten batches in a row passed it over."""
