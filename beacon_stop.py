@@ -758,25 +758,25 @@ class Application:
 
         One lock timeout bounds all waits together. With force, the sessions in the way are ended after that. What the
         database refuses of one job undoes no other stop: then each goes by itself, and the error is that job's answer.
+        On a PL/Proxy front each goes by itself from the beginning, since each shard commits what it has done.
         """
         answers, rest, wait, left = dict[str, str](), ids, SHORT_WAIT, self.settings.lock_timeout
         deadline, refusal = time.monotonic() + left, None
         while rest and left > 0:
             left = deadline - time.monotonic()
             values = (reason, request.caller(), force and left <= 0, max(0.001, min(wait, left / len(rest))))
-            groups = [rest]
+            groups = [rest] if self.group.can_group else [[job_id] for job_id in rest]
             while groups:
                 group = groups.pop()
                 try:
                     answers |= dict(self.admin_pool.fetch(STOP_JOBS, group, *values))
                 except (psycopg.Error, HTTPError) as error:
                     refusal = explain(error, request)
-                    is_away = isinstance(error, HTTPError) or is_lost(error)
-                    if len(group) > 1 and not is_away:
+                    if isinstance(error, HTTPError):  # there is no connection for the others either
+                        group, groups = [*group, *chain(*groups)], []
+                    elif len(group) > 1:
                         groups = [[job_id] for job_id in group]
                         continue
-                    if is_away:
-                        group, groups = [*group, *chain(*groups)], []
                     told = {"error": refusal.error, "job_id": "", **refusal.details}
                     answers |= {job_id: json.dumps({**told, "job_id": job_id}) for job_id in group}
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
@@ -1025,17 +1025,20 @@ def explain(error: Exception, request: Request) -> HTTPError:
         if is_lost(error):
             return unavailable("database unavailable")
         # PostgreSQL's own, or sql/'s, which bears this schema name; not what a trigger of the application's has raised.
-        is_ours = error.diag.source_function != "exec_stmt_raise" or error.diag.schema_name == "beacon_stop"
+        source, context = error.diag.source_function or "", error.diag.context or ""
+        is_ours = source != "exec_stmt_raise" or error.diag.schema_name == "beacon_stop"
+        # About a value of the call: at work is at most the function that was called. A trigger has more to tell.
+        is_value = is_ours and (context.count("\n") < 2 or source.startswith("plproxy"))
         message, is_locked = error.diag.message_primary or str(error), isinstance(error, errors.LockNotAvailable)
         if isinstance(error, errors.QueryCanceled) and is_ours:
             return unavailable("statement timeout: the database took too long")
         if isinstance(error, errors.ReadOnlySqlTransaction) and is_ours:
             return unavailable("database is read-only")
-        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)) and is_ours:
+        if isinstance(error, (errors.UntranslatableCharacter, errors.CharacterNotInRepertoire)) and is_value:
             return bad("a value cannot be used: the database cannot hold it")
-        if isinstance(error, errors.InvalidParameterValue) and is_ours and request.has_values:
+        if isinstance(error, errors.InvalidParameterValue) and is_value and request.has_values:
             return bad(message)
-        is_call = not error.diag.context  # the call itself is refused, or its commit, nothing inside of the function
+        is_call = not context  # the call itself is refused, or its commit, nothing inside of the function
         if is_locked and is_call:  # to send NOTIFY, each commit waits for those before it
             return unavailable("another commit keeps this one waiting for too long: nothing was changed")
         if is_locked and (held := read_holders(error)):
@@ -1104,8 +1107,9 @@ HEAD = re.compile(
 READ_TIMEOUT, IDLE_TIMEOUT = 10.0, 75.0  # seconds from a request's first byte to its last; between requests
 ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an answer; a streamed one
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
+EMPTY_LINES = 4  # that may come before a request
 PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
-PATIENCE = {"waiting": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
+PATIENCE = {"new": 0.3, "idle": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
 MAX_CONNECTIONS = 900  # fewer where the process may not open as many files
 SPARE_FILES = 40  # for the database, the log, and connections that are about to be refused
 
@@ -1170,7 +1174,8 @@ class Client(WSGIRequestHandler):
     def expect(self, phase: str, seconds: float) -> None:
         """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
         self.began = time.monotonic()
-        self.server.connections[self.connection] = phase, self.began + seconds
+        if self.connection in self.server.connections:  # else the server has shut it
+            self.server.connections[self.connection] = phase, self.began + seconds
 
     def require_in_time(self) -> None:
         if self.connection not in self.server.connections:
@@ -1194,18 +1199,18 @@ class Client(WSGIRequestHandler):
             self.expect("reading", LINGER_TIMEOUT)
             while self.rfile.read1(65_536):
                 pass
-        self.expect("waiting", IDLE_TIMEOUT)
+        self.expect("idle", IDLE_TIMEOUT)
         if self.is_pipelined:
             time.sleep(PIPELINE_PAUSE)
 
     def read_head(self) -> str:
         """The lines of a request up to the empty one; less if the client sends no more, or more than MAX_HEAD."""
-        head, is_begun = "", False
+        head, lines = "", 0
         while line := self.rfile.readline(MAX_HEAD + 1 - len(head)).decode("latin-1"):
-            if not is_begun:
+            lines += 1
+            if lines == 1:
                 self.expect("reading", READ_TIMEOUT)
-                is_begun = True
-            if head or line != "\r\n":  # empty lines may come before a request
+            if head or line != "\r\n" or lines > EMPTY_LINES:
                 head += line
             if (head and line in ("\r\n", "\n")) or len(head) > MAX_HEAD:
                 break
@@ -1321,15 +1326,22 @@ class Server(ThreadingMixIn, TCPServer):
         """End the waiting for those whose time is up: their threads read the end, or cannot write any more."""
         for connection, (phase, deadline) in self.connections.copy().items():
             if phase != "working" and min(deadline, closed + PATIENCE[phase]) <= now:
-                self.connections.pop(connection, None)
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR if phase == "answering" else socket.SHUT_RD)
+                self.shut(connection, phase)
+
+    def shut(self, connection: socket.socket, phase: str) -> None:
+        self.connections.pop(connection, None)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR if phase == "answering" else socket.SHUT_RD)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Where there are too many connections, end the one whose time is up next; if all are at work, refuse this."""
+        """Where there are too many connections, end one: the one that has been idle for longest, else the one whose
+        time is up next. If all are at work, refuse this."""
         if len(self.connections) >= self.max_connections:
-            self.shut_late(min(deadline for _, deadline in self.connections.copy().values()))
-        self.connections[request] = "waiting", time.monotonic() + READ_TIMEOUT
+            each = self.connections.copy()
+            ended = min(each, key=lambda connection: (each[connection][0] != "idle", each[connection][1]))
+            if each[ended][0] != "working":
+                self.shut(ended, each[ended][0])
+        self.connections[request] = "new", time.monotonic() + READ_TIMEOUT
         return len(self.connections) <= self.max_connections
 
     def shutdown_request(self, request: Any) -> None:

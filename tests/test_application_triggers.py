@@ -206,3 +206,42 @@ def test_an_error_with_the_dry_runs_own_code_is_not_taken_for_its_end(db, make_j
     with pytest.raises(psycopg.Error, match="no") as refused:
         service.execute("SELECT emergency_stop_dry_run(%s)", (job_id,))
     assert refused.value.sqlstate == "BS002"
+
+
+WORK_OF_A_TRIGGER = {
+    "22021": "PERFORM convert_from('\\xff', 'UTF8')",
+    "22P05": "PERFORM convert_to('中', 'LATIN1')",
+    "22023": "PERFORM date_trunc('foo', now())",
+}
+
+
+@pytest.mark.parametrize("sqlstate", WORK_OF_A_TRIGGER)
+def test_what_postgresql_refuses_a_trigger_is_no_error_in_the_call(client, db, make_job, stop, sqlstate):
+    """It was 400, as if a value of the call could not be used; and the log did not have it."""
+    running, stopped = make_job(running=1), make_job(running=1)
+    stop(stopped)
+    db.execute(f"""
+        CREATE FUNCTION work() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {WORK_OF_A_TRIGGER[sqlstate]}; RETURN NEW; END $$;
+        CREATE TRIGGER work BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION work()""")
+
+    for call, id, body in (
+        ("emergency-stop", running, {}),
+        ("emergency-stop", running, {"dry_run": True}),
+        ("release", stopped, {"reason": "x", "status": "pending"}),
+    ):
+        answer = client("POST", f"/admin/jobs/{id}/{call}", json.dumps(body).encode(), HTTP_X_ADMIN_TOKEN=TOKEN)
+        assert (answer.status, answer.json["sqlstate"]) == (500, sqlstate)
+
+
+def test_a_trigger_that_ends_the_session_undoes_no_stop_of_another_job(client, db, make_job):
+    """The answer was 503 for all, and none was stopped."""
+    ids = [make_job(id, running=1) for id in ("a", "ends", "z")]
+    db.execute("""
+        CREATE FUNCTION finish() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$;
+        CREATE TRIGGER finish BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = 'ends') EXECUTE FUNCTION finish()""")
+
+    answer = client("POST", "/admin/emergency-stop", json.dumps({"job_ids": ids}).encode(), HTTP_X_ADMIN_TOKEN=TOKEN)
+    assert (answer.status, answer.json["stopped"], answer.json["failed"]) == (200, 2, 1)
+    assert answer.json["results"][1] == {"error": "database unavailable", "job_id": "ends"}
+    assert [count_active(db, id) for id in ids] == [0, 1, 0]
