@@ -28,8 +28,6 @@ PARTS = {
             "test_emergency_stop_jobs",
             "test_timeout_stuck_jobs",
             "test_install",
-            "test_application_triggers",
-            "test_questions_with_other_ids",
         ],
         [
             "test_server",
@@ -38,6 +36,7 @@ PARTS = {
             "test_repair_stuck_jobs",
             "test_runaway_jobs",
             "test_worker",
+            "test_questions_with_other_ids",
         ],
     ],
     "servers": [["test_wsgi_servers", "test_proxies"]],

@@ -237,14 +237,13 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
-def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db, body):
+def test_bodies_that_cannot_be_used_stop_nothing(client, make_job, db):
     job_id = make_job(running=1)
 
-    answer = client.stop(job_id, body)
-    assert answer.status == 400
-    assert answer.json["error"].startswith(BODIES[body])
-    assert count_active(db, job_id) == 1
+    for body, message in BODIES.items():
+        answer = client.stop(job_id, body)
+        assert (answer.status, answer.json["error"][: len(message)]) == (400, message)
+        assert count_active(db, job_id) == 1
 
 
 UNKNOWN_PARAMETERS = {  # 1.0 did not look at them: it stopped the job of ?dry_run=true
@@ -259,17 +258,16 @@ UNKNOWN_PARAMETERS = {  # 1.0 did not look at them: it stopped the job of ?dry_r
 }
 
 
-@pytest.mark.parametrize("call", UNKNOWN_PARAMETERS)
-def test_parameters_that_are_not_known_change_nothing(client, make_job, db, call):
+def test_parameters_that_are_not_known_change_nothing(client, make_job, db):
     job_id = make_job(running=1)
-    method, target = call.format(job_id=job_id).split()
-    path, _, query = target.partition("?")
 
-    assert client(method, path, query=query).status == 403
-    answer = client(method, path, query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
-    assert answer.status == 400
-    assert answer.json == {"error": f"query has an unknown parameter {UNKNOWN_PARAMETERS[call]}"}
-    assert count_active(db, job_id) == 1
+    for call, problem in UNKNOWN_PARAMETERS.items():
+        method, target = call.format(job_id=job_id).split()
+        path, _, query = target.partition("?")
+        assert client(method, path, query=query).status == 403
+        answer = client(method, path, query=query, HTTP_X_ADMIN_TOKEN=TOKEN)
+        assert (answer.status, answer.json) == (400, {"error": f"query has an unknown parameter {problem}"})
+        assert count_active(db, job_id) == 1
 
 
 def test_a_body_of_16_kib_and_not_one_byte_more(client, make_job, db):
@@ -1162,13 +1160,14 @@ def test_if_none_of_several_can_be_stopped_for_one_reason_that_is_the_answer(mak
     assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == ids
 
 
-def test_while_the_database_is_away_a_call_for_several_does_not_try_each(make_app, capsys):
+def test_while_the_database_is_away_a_call_for_several_does_not_try_each(make_app, capsys, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
     client = Client(make_app(database_url="postgresql://127.0.0.1:9/x"))
     started = time.monotonic()
 
     answer = stop_several(client, job_ids=[*"abcdefghij"])
     assert (answer.status, answer.json) == (503, {"error": "database unavailable"})
-    assert time.monotonic() - started < 9
+    assert time.monotonic() - started < 4.5
     assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == [*"abcdefghij"]
 
 
