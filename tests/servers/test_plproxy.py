@@ -504,6 +504,31 @@ def test_several_jobs_over_http(shards, service):
     }  # fmt: skip
 
 
+def test_what_one_shard_has_done_is_told_whatever_happens_on_another_one(shards, service):
+    """Each shard commits for itself. The call that had stopped a job said that it had been stopped before."""
+    jobs = [shards.make_job(f"job-{number}", running=1) for number in range(8)]
+    shard0, shard1 = ([job_id for job_id in jobs if shards.partition_of(job_id) % 2 == number] for number in range(2))
+    refused, *others = shard1
+    shards.of(refused).execute(f"""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not on Sundays'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW WHEN (NEW.id = '{refused}') EXECUTE FUNCTION refuse()""")
+
+    def stop_all():
+        body = json.dumps({"job_ids": jobs}).encode()
+        return service("POST", "/admin/emergency-stop", body, **{"X-Admin-Token": TOKEN}).json
+
+    answer = stop_all()
+    assert (answer["stopped"], answer["already_terminal"], answer["failed"]) == (7, 0, 1)
+    assert answer["results"][jobs.index(refused)]["message"].endswith("not on Sundays")
+    with psycopg.connect(shards.url, autocommit=True) as server:
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS false")
+        server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'shard0' AND usename = 'beacon_service'")
+        answer = stop_all()
+        server.execute("ALTER DATABASE shard0 ALLOW_CONNECTIONS true")
+    assert (answer["already_terminal"], answer["failed"]) == (len(others), len(shard0) + 1)
+    assert {answer["results"][jobs.index(job_id)]["error"] for job_id in shard0} == {"database unavailable"}
+
+
 def test_the_other_routes_on_a_front(shards, service):
     job_id = shards.make_job("job", running=1)
     token = {"X-Admin-Token": TOKEN}
