@@ -527,3 +527,13 @@ def test_no_wait_for_a_row_lasts_longer_than_it_is_given(connect, db, make_job):
         with pytest.raises(psycopg.errors.LockNotAvailable, match="is over"):
             db.execute("SELECT limit_lock_wait(%s)", (none,))  # lock_timeout = 0 would wait for ever
     holder.rollback()
+
+
+@pytest.mark.parametrize("status", ["pending", "running", "processing"])
+def test_an_execution_that_others_hold_is_waited_for_in_each_active_state(connect, db, make_job, status):
+    job_id, holder = make_job(**{status: 1}), connect(autocommit=False)
+    holder.execute("SELECT FROM executions FOR UPDATE")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        db.execute("SELECT lock_rows(%s, '100 ms', false)", (job_id,))
+    holder.rollback()
