@@ -777,8 +777,8 @@ class Application:
                     elif len(group) > 1:
                         groups = [[job_id] for job_id in group]
                         continue
-                    told = {"error": refusal.error, "job_id": "", **refusal.details}
-                    answers |= {job_id: json.dumps({**told, "job_id": job_id}) for job_id in group}
+                    for job_id in group:
+                        answers[job_id] = json.dumps({"error": refusal.error, "job_id": job_id, **refusal.details})
             rest = [job_id for job_id in rest if json.loads(answers[job_id]).get("error") == "job is locked"]
             wait *= 2
         told_of = {json.loads(answer).get("error") for answer in answers.values()}

@@ -476,9 +476,8 @@ BEGIN
         v_wait := greatest(v_wait * 4, clock_timestamp() - v_began - v_wait);
         v_wait := least(v_wait, v_deadline - clock_timestamp());
         v_attempt := v_attempt + 1;
-        IF v_attempt = 2 THEN  -- from now on it waits for rows, and whoever holds them must not wait for the barrier
-            PERFORM wait_for_barrier(v_barrier # 1, '20ms');
-        END IF;
+        -- From now on it waits for rows, and those who hold them must not wait for the barrier.
+        PERFORM wait_for_barrier(v_barrier # 1, '20ms') WHERE v_attempt = 2;
         CONTINUE WHEN v_barred AND v_wait > '0';
 
         v_gone := end_or_name_holders(
