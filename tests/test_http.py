@@ -1160,6 +1160,15 @@ def test_if_none_of_several_can_be_stopped_for_one_reason_that_is_the_answer(mak
     assert log_lines(capsys, "emergency_stop_several")[0]["job_ids"] == ids
 
 
+def test_if_the_database_refuses_each_of_several_each_has_its_answer(client, make_job, db):
+    ids = [make_job(running=1) for _ in range(2)]
+    db.execute("ALTER TABLE jobs ADD CHECK (NOT metadata ? 'emergency_stop')")
+
+    answer = stop_several(client, job_ids=ids)
+    assert (answer.status, answer.json["failed"]) == (200, 2)
+    assert [(result["job_id"], result["sqlstate"]) for result in answer.json["results"]] == [(id, "23514") for id in ids]
+
+
 def test_while_the_database_is_away_a_call_for_several_does_not_try_each(make_app, capsys, monkeypatch):
     monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
     client = Client(make_app(database_url="postgresql://127.0.0.1:9/x"))

@@ -301,6 +301,25 @@ def test_a_few_empty_lines_before_a_request_do_no_harm_and_more_are_refused(serv
             assert file.read() == b""
 
 
+def test_at_the_limit_of_connections_an_idle_one_is_shut_before_one_that_is_new(server, monkeypatch):
+    """The time of a new one is up sooner, but its request is on the way."""
+    monkeypatch.setattr(server, "max_connections", 2)
+    request = LIVE + b"\r\n"
+    wait_until(lambda: not server.connections)
+    with connect_to(server.url) as idle, idle.makefile("rb") as file:
+        idle.sendall(request)
+        assert read_answer(file).status == 200
+        wait_until(lambda: [phase for phase, _ in server.connections.values()] == ["idle"])
+        with connect_to(server.url) as new, new.makefile("rb") as new_file:
+            wait_until(lambda: len(server.connections) == 2)
+            with connect_to(server.url) as third, third.makefile("rb") as third_file:
+                third.sendall(request)
+                assert read_answer(third_file).status == 200
+                assert file.read() == b""
+                new.sendall(request)
+                assert read_answer(new_file).status == 200
+
+
 def test_idle_clients_who_take_all_files_that_the_process_may_open_do_not_keep_an_operator_out(make_job, start_service):
     """The operator's stop was answered after 75 s, when the first of them were shut."""
     service = start_service("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
