@@ -289,7 +289,7 @@ END;
 $$;
 
 -- answer_if_ended(id, asked_id, sessions_ended, barrier): what emergency_stop_job answers if nothing is to be stopped
--- or recorded, else NULL. It changes nothing. Raises 55P03 if the job has ended, but others hold its barrier.
+-- or recorded, else NULL. It changes and locks nothing. Raises 55P03 if the job has ended, but others hold its barrier.
 CREATE OR REPLACE FUNCTION answer_if_ended(id text, asked_id text, sessions_ended int, barrier bigint)
 RETURNS json LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
@@ -297,6 +297,7 @@ AS $$
 DECLARE
     v_id         CONSTANT jobs.id%TYPE := answer_if_ended.id;
     v_status     text;
+    v_is_marked  boolean;
     v_is_free    boolean;
     v_left_alone jsonb;
     v_xmax       xid;
@@ -307,18 +308,21 @@ BEGIN
     -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
     -- that outlives the call costs more.
     LOOP
-        SELECT j.status, j.xmax,
+        SELECT j.status, j.xmax, j.metadata @> '{"emergency_stop": true}',
                pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
-        INTO v_status, v_xmax, v_is_free
+        INTO v_status, v_xmax, v_is_marked, v_is_free
         FROM jobs j
-        WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled')
-          AND (j.metadata @> '{"emergency_stop": true}'
-               OR (j.status <> 'failed' OR last_record(answer_if_ended.id) = 'stop')
-                  AND (j.xmax = '0' OR mxid_age(j.xmax) <= 0 AND NOT is_running(j.xmax)));
-        IF NOT FOUND THEN
-            RETURN NULL;  -- an attempt has to be made
-        ELSIF NOT v_is_free THEN
-            RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+        WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled');
+        IF v_is_free IS NOT TRUE THEN
+            IF NOT v_is_free THEN
+                RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+            END IF;
+            RETURN NULL;  -- the job has not ended
+        END IF;
+        EXIT WHEN v_is_marked;
+        IF v_status = 'failed' AND last_record(answer_if_ended.id) IS DISTINCT FROM 'stop'
+           OR v_xmax <> '0' AND (mxid_age(v_xmax) > 0 OR is_running(v_xmax)) THEN
+            RETURN NULL;
         END IF;
         -- That transaction may have committed since this statement began: then another look finds another row.
         EXIT WHEN v_xmax IN ('0', v_last_xmax);
@@ -326,13 +330,22 @@ BEGIN
     END LOOP;
     PERFORM FROM executions e
     WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
-    v_left_alone := CASE WHEN FOUND THEN unfinished_executions(answer_if_ended.id) END;
-    IF (v_left_alone ?| '{pending,running,processing}') IS NOT TRUE THEN
-        RETURN json_strip_nulls(json_build_object(
-            'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
-            'action', 'none', 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
+    IF FOUND THEN
+        v_left_alone := unfinished_executions(answer_if_ended.id);
+        IF v_left_alone ?| '{pending,running,processing}' THEN
+            RETURN NULL;
+        END IF;
     END IF;
-    RETURN NULL;
+
+    IF pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()
+       OR current_setting('synchronous_standby_names') <> '' THEN
+        -- The transaction that ended the job may not have waited for the disk or the standby. We write a record that
+        -- nobody reads: to wait for it is to wait for all that was written before it.
+        PERFORM pg_logical_emit_message(true, 'beacon-stop', '');
+    END IF;
+    RETURN json_strip_nulls(json_build_object(
+        'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
+        'action', 'none', 'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
 END;
 $$;
 
@@ -351,22 +364,21 @@ SET lock_timeout = '5ms'
 AS $$
 DECLARE
     v_id           CONSTANT jobs.id%TYPE := attempt_stop.id;
+    v_at           CONSTANT timestamptz := clock_timestamp();
     v_status       text;
     v_new_status   text;
     v_has_ended    boolean;
-    v_at           CONSTANT timestamptz := clock_timestamp();
-    v_stopped_at   text;  -- NULL where there is nothing to stop
-    v_executions   bigint := 0::bigint;
     v_left_alone   jsonb;
+    v_stopped_at   text;  -- this and the next are NULL where there is nothing to stop
+    v_executions   bigint;
+    v_failed       record;
 BEGIN
-    IF attempt > 1 THEN
-        PERFORM limit_lock_wait(wait);
-    END IF;
     IF pg_try_advisory_xact_lock(barrier) THEN
         IF attempt > 1 THEN
+            PERFORM limit_lock_wait(wait);
             PERFORM lock_rows(attempt_stop.id, wait, job_first => attempt % 2 = 1);
         END IF;
-        SELECT COALESCE(j.status, 'unknown'), j.status IN ('completed', 'failed', 'cancelled')
+        SELECT COALESCE(j.status, 'unknown'), COALESCE(j.status IN ('completed', 'failed', 'cancelled'), false)
         INTO v_status, v_has_ended
         FROM jobs j WHERE j.id = v_id FOR NO KEY UPDATE SKIP LOCKED;
     END IF;
@@ -381,12 +393,14 @@ BEGIN
 
     v_new_status := CASE WHEN v_has_ended THEN v_status ELSE 'failed' END;
     v_left_alone := CASE WHEN v_has_ended THEN unfinished_executions(attempt_stop.id) END;
-    IF v_has_ended IS NOT TRUE OR v_left_alone ?| '{pending,running,processing}' THEN
+    IF NOT v_has_ended OR v_left_alone ?| '{pending,running,processing}' THEN
         v_stopped_at := to_char(v_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
-        SELECT f.executions_stopped, f.left_alone INTO v_executions, v_left_alone
-        FROM fail_job(attempt_stop.id, v_new_status, jsonb_strip_nulls(jsonb_build_object(
-                 'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)),
-             '{"error": "Emergency stop by admin", "emergency_stop": true}', v_at) f;
+        v_failed := fail_job(
+            attempt_stop.id, v_new_status, jsonb_strip_nulls(jsonb_build_object(
+                'emergency_stop', true, 'stopped_at', v_stopped_at, 'stopped_by', 'admin', 'reason', reason)),
+            '{"error": "Emergency stop by admin", "emergency_stop": true}', v_at);
+        v_executions := v_failed.executions_stopped;
+        v_left_alone := v_failed.left_alone;
         PERFORM notify_workers('emergency_stop', json_build_object(
             'job_id', asked_id, 'stopped_at', v_stopped_at, 'executions_stopped', v_executions));
     END IF;
@@ -394,7 +408,7 @@ BEGIN
     IF v_stopped_at IS NOT NULL OR v_status = 'failed' AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
         INSERT INTO emergency_stops (
             action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
-        VALUES ('stop', attempt_stop.id, v_status, v_new_status, v_executions,
+        VALUES ('stop', attempt_stop.id, v_status, v_new_status, COALESCE(v_executions, 0),
                 attempt_stop.sessions_ended, attempt_stop.reason, attempt_stop.caller, v_at);
         IF NOT FOUND THEN
             RAISE triggered_data_change_violation USING
@@ -405,18 +419,77 @@ BEGIN
     -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work, also on other jobs.
     PERFORM pg_advisory_xact_lock_shared(barrier)
     WHERE current_setting('beacon_stop.is_several', true) IS DISTINCT FROM 'on';
-    RETURN json_strip_nulls(CASE
-        WHEN v_has_ended THEN json_build_object(
-            'ok', true, 'message', 'Job already in terminal state', 'job_id', asked_id, 'status', v_status,
-            'action', CASE WHEN v_stopped_at IS NULL THEN 'none' ELSE 'executions_stopped' END,
-            'executions_stopped', CASE WHEN v_stopped_at IS NOT NULL THEN v_executions END, 'stopped_at', v_stopped_at,
-            'reason', CASE WHEN v_stopped_at IS NOT NULL THEN reason END,
-            'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone)
-        ELSE json_build_object(
-            'ok', true, 'message', 'Job emergency stopped', 'job_id', asked_id, 'previous_status', v_status,
-            'new_status', 'failed', 'executions_stopped', v_executions, 'stopped_at', v_stopped_at, 'reason', reason,
-            'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone)
-        END);
+    RETURN json_strip_nulls(json_build_object(
+        'ok', true,
+        'message', CASE WHEN v_has_ended THEN 'Job already in terminal state' ELSE 'Job emergency stopped' END,
+        'job_id', asked_id,
+        'status', CASE WHEN v_has_ended THEN v_status END,
+        'action', CASE WHEN v_has_ended AND v_stopped_at IS NULL THEN 'none'
+                       WHEN v_has_ended THEN 'executions_stopped' END,
+        'previous_status', CASE WHEN NOT v_has_ended THEN v_status END,
+        'new_status', CASE WHEN NOT v_has_ended THEN v_new_status END,
+        'executions_stopped', v_executions, 'stopped_at', v_stopped_at,
+        'reason', CASE WHEN v_stopped_at IS NOT NULL THEN reason END,
+        'sessions_ended', NULLIF(sessions_ended, 0), 'left_alone', v_left_alone));
+END;
+$$;
+
+-- stop_in_turn(id, asked_id, ..., began): the stop of a job of which others hold a lock. It gets the barrier in its turn,
+-- and then tries again and again. lock_timeout after the call began, it names who holds the job, or ends them and waits
+-- once more.
+-- Returns  what emergency_stop_job answers
+-- Raises   lock_not_available (55P03), as emergency_stop_job
+CREATE OR REPLACE FUNCTION stop_in_turn(
+    id text, asked_id text, reason text, force boolean, caller jsonb, barrier bigint, began timestamptz)
+RETURNS json LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+DECLARE
+    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
+    v_patience     CONSTANT interval := v_lock_timeout::interval;
+    v_deadline     timestamptz := began + v_patience;
+    -- Whether we have the barrier.
+    v_barred       boolean := wait_for_barrier(barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
+    v_began        timestamptz;
+    v_wait         interval := '5ms';
+    v_attempt      int := 1;
+    v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
+    v_gone         int;
+    v_problem      text;
+    v_answer       json;
+BEGIN
+    LOOP
+        v_began := clock_timestamp();
+        BEGIN
+            v_answer := COALESCE(
+                answer_if_ended(id, asked_id, COALESCE(v_terminated, 0), barrier),
+                attempt_stop(id, asked_id, reason, COALESCE(v_terminated, 0), caller, barrier, v_wait, v_attempt));
+            EXIT;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
+        END;
+        v_barred := v_barred OR wait_for_barrier(barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
+        -- Each wait is longer than the last, and at least as long as it took to lock what was free: in each attempt the
+        -- stop begins anew at the end of the queue for a row, which may be long.
+        v_wait := greatest(v_wait * 4, clock_timestamp() - v_began - v_wait);
+        v_wait := least(v_wait, v_deadline - clock_timestamp());
+        v_attempt := v_attempt + 1;
+        -- From now on it waits for rows, and those who hold them must not wait for the barrier.
+        PERFORM wait_for_barrier(barrier # 1, '20ms') WHERE v_attempt = 2;
+        CONTINUE WHEN v_barred AND v_wait > '0';
+
+        v_gone := end_or_name_holders(
+            asked_id, v_patience, force AND v_terminated IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
+        IF v_gone = 0 THEN  -- nobody holds it any more: one last try
+            v_deadline := clock_timestamp() + '100ms';
+        ELSE
+            v_terminated := v_gone;
+            v_deadline := clock_timestamp() + greatest(v_patience, '1s');
+        END IF;
+        v_wait := '20ms';
+    END LOOP;
+    PERFORM set_config('lock_timeout', v_lock_timeout, true);
+    RETURN v_answer;
 END;
 $$;
 
@@ -428,79 +501,37 @@ SET timezone FROM CURRENT
 SET row_security = off
 AS $$
 DECLARE
-    v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_patience     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
-    v_deadline     timestamptz := clock_timestamp() + v_patience;
-    v_id           CONSTANT jobs.id%TYPE := to_job_id(id);
-    v_barrier      bigint;
-    v_barred       boolean := false;  -- whether we have the barrier
-    v_began        timestamptz;
-    v_wait         interval := interval '5ms';
-    v_attempt      int := 1;
-    v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
-    v_gone         int;
-    v_problem      text;
-    v_answer       json;
+    v_began   CONSTANT timestamptz := clock_timestamp();
+    v_id      CONSTANT jobs.id%TYPE := to_job_id(id);
+    v_barrier CONSTANT bigint := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
+    v_answer  json;
 BEGIN
-    IF length(reason) > 1000 OR jsonb_typeof(caller) <> 'object' OR current_setting('transaction_read_only')::boolean
+    IF length(reason) > 1000 OR jsonb_typeof(caller) <> 'object' OR current_setting('lock_timeout') = '0'
+       OR current_setting('transaction_read_only')::boolean
        OR current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
         PERFORM require_read_committed('emergency_stop_job');
-        RAISE invalid_parameter_value USING MESSAGE = CASE
-            WHEN length(reason) > 1000 THEN format('reason has %s characters: expected at most 1000', length(reason))
-            ELSE format('caller is a JSON %s: expected an object', jsonb_typeof(caller)) END;
-    ELSIF v_lock_timeout = '0' THEN
-        PERFORM limit_lock_wait(v_patience);
+        IF length(reason) > 1000 THEN
+            RAISE invalid_parameter_value USING
+                MESSAGE = format('reason has %s characters: expected at most 1000', length(reason));
+        ELSIF jsonb_typeof(caller) <> 'object' THEN
+            RAISE invalid_parameter_value USING
+                MESSAGE = format('caller is a JSON %s: expected an object', jsonb_typeof(caller));
+        END IF;
+        PERFORM set_config('lock_timeout', '10s', true);
+        v_answer := emergency_stop_job(id, reason, force, caller);
+        PERFORM set_config('lock_timeout', '0', true);
+        RETURN v_answer;
     END IF;
 
     IF v_id IS NULL THEN  -- the type of the column cannot hold this id
         RETURN json_build_object('error', 'job not found', 'job_id', id);
     END IF;
-    v_barrier := hashtextextended(v_id::text, 'jobs'::regclass::oid::bigint);  -- as job_barrier()
-    LOOP
-        v_began := clock_timestamp();
-        BEGIN
-            v_answer := answer_if_ended(v_id::text, id, COALESCE(v_terminated, 0), v_barrier);
-            EXIT WHEN v_answer IS NOT NULL;
-            v_answer := attempt_stop(
-                v_id::text, id, reason, COALESCE(v_terminated, 0), caller, v_barrier, v_wait, v_attempt);
-            EXIT;
-        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-            v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
-        END;
-        IF NOT v_barred THEN
-            v_barred := wait_for_barrier(v_barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
-            CONTINUE WHEN v_barred AND clock_timestamp() < v_deadline;
-        END IF;
-        -- Each wait is longer than the last, and at least as long as it took to lock what was free: in each attempt the
-        -- stop begins anew at the end of the queue for a row, which may be long.
-        v_wait := greatest(v_wait * 4, clock_timestamp() - v_began - v_wait);
-        v_wait := least(v_wait, v_deadline - clock_timestamp());
-        v_attempt := v_attempt + 1;
-        -- From now on it waits for rows, and those who hold them must not wait for the barrier.
-        PERFORM wait_for_barrier(v_barrier # 1, '20ms') WHERE v_attempt = 2;
-        CONTINUE WHEN v_barred AND v_wait > '0';
-
-        v_gone := end_or_name_holders(
-            id, v_patience, force AND v_terminated IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
-        IF v_gone = 0 THEN  -- nobody holds it any more: one last try
-            v_deadline := clock_timestamp() + '100ms';
-        ELSE
-            v_terminated := v_gone;
-            v_deadline := clock_timestamp() + greatest(v_patience, '1s');
-        END IF;
-        v_wait := '20ms';
-    END LOOP;
-    IF current_setting('lock_timeout') <> v_lock_timeout THEN
-        PERFORM set_config('lock_timeout', v_lock_timeout, true);
-    END IF;
-
-    IF v_answer ->> 'action' = 'none'
-       AND (current_setting('synchronous_standby_names') <> ''
-            OR pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()) THEN
-        -- The transaction that ended the job may not have waited for the disk or the standby. We write a record that
-        -- nobody reads: to wait for it is to wait for all that was written before it.
-        PERFORM pg_logical_emit_message(true, 'beacon-stop', '');
-    END IF;
+    BEGIN
+        v_answer := COALESCE(answer_if_ended(v_id::text, id, 0, v_barrier),
+                             attempt_stop(v_id::text, id, reason, 0, caller, v_barrier, '5ms', 1));
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        v_answer := stop_in_turn(v_id::text, id, reason, force, caller, v_barrier, v_began);
+    END;
     IF current_setting('synchronous_commit') IN ('off', 'local') THEN
         PERFORM commit_durably();
     END IF;

@@ -241,7 +241,7 @@ def load(db: psycopg.Connection[Any], jobs: int, active: int = ACTIVE, completed
             " SELECT %s + job, CASE WHEN n <= %s THEN 'completed' ELSE ('{pending,running,processing}'::text[])[n %% 3 + 1] END,"
             " now() - %s::interval, now() - %s::interval,"
             " CASE WHEN n <= %s THEN now() END, CASE WHEN n <= %s THEN '{\"ok\": true}'::jsonb END"
-            " FROM generate_series(0, %s) AS job, generate_series(1, %s) AS n",
+            " FROM generate_series(0, %s) AS job, generate_series(1, %s) AS n ORDER BY n, job",  # side by side, as in a crowd
             (FIRST_JOB, completed, age, age, completed, completed, jobs - 1, completed + active),
         )
         for _, definition in secondary:
@@ -806,8 +806,8 @@ class Bench:
         cluster.stop()
         statements = {
             "counted insert": f"INSERT INTO executions (job_id, status) VALUES ('{FIRST_JOB}', 'pending')",
-            # The active executions of a job come after the completed ones.
-            "counted update": f"UPDATE executions SET started_at = now() WHERE id = {COMPLETED} + $1",
+            # The active executions come after the completed ones of all jobs.
+            "counted update": f"UPDATE executions SET started_at = now() WHERE id = {COMPLETED * 1_000} + $1",
             "counted job update": f"UPDATE jobs SET updated_at = now() WHERE id = ({FIRST_JOB} + $1)::text",
         }
         pairs = {key: [("guarded", [text]), ("unguarded", [text])] for key, text in statements.items()}
