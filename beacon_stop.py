@@ -127,6 +127,7 @@ AWAY_TIMEOUT = 1.0  # the same, once the database is known to be away
 SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that does not answer is given up
 GROUP_SIZE = 16  # stops in one transaction: PostgreSQL caches 64 subtransactions a session, and a stop has a few
 GROUP_TIMEOUT = 0.25  # seconds that such a transaction may take
+STATEMENT_TIMEOUTS = {"group": GROUP_TIMEOUT, "health": 5.0}  # of the pools that have a shorter one, in seconds
 GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself, after a group has failed
 SHORT_WAIT = 0.005  # seconds that stops in one transaction first wait for each locked job
 LOG_LINES = 2_000  # that wait to be written, at most
@@ -311,16 +312,17 @@ class LogHandler(QueueHandler):
         return json.dumps(line | ({"lines_dropped": self.dropped} if self.dropped else {})) + "\n"
 
     def enqueue(self, line: Any) -> None:
-        # The thread starts with the first line of each process: not with the import, and anew after a fork.
-        if not self.is_started:
-            self.is_started = True
-            LogWriter(self.queue).start()
         if self.queue.added - self.queue.written >= LOG_LINES:
             self.dropped += 1
         else:
             self.queue.added += 1
             self.queue.put(line)
             self.dropped = 0
+        # The thread starts with the first line of each process, which it need not wait for then: not with the import,
+        # and anew after a fork.
+        if not self.is_started:
+            self.is_started = True
+            LogWriter(self.queue).start()
 
     def flush(self) -> None:
         """Wait until all is written, at most for a second; `logging` calls this at the end of the process."""
@@ -434,11 +436,13 @@ class BoundedConnection(psycopg.Connection[Any]):
 class Pool(ConnectionPool[BoundedConnection]):
     """Autocommit connections for one purpose. All of them are kept open, unless `min_size` says how many are."""
 
-    is_away = False  # whether the last attempt to connect has failed
+    has_connected = False
+    is_away = False  # whether the last attempt to connect has failed, or the server has fallen silent
     is_pooled = False  # whether the last connection was to a pooler, where each transaction may meet another session
 
     def __init__(self, settings: Settings, name: str, url: str, max_size: int, min_size: int | None = None) -> None:
         self.settings = settings
+        self.statement_timeout = min(settings.statement_timeout, STATEMENT_TIMEOUTS.get(name, math.inf))
         # A host that vanishes without a word is noticed in seconds, unless the URL says otherwise.
         options: dict[str, Any] = {"connect_timeout": 5, "tcp_user_timeout": 15_000}
         options |= {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
@@ -467,13 +471,13 @@ class Pool(ConnectionPool[BoundedConnection]):
     def set_up(self, connection: BoundedConnection) -> None:
         connection.add_notice_handler(log_warning)
         (pid,) = cast(tuple[int], connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone())
-        self.is_away, self.is_pooled = False, pid != connection.info.backend_pid  # poolers make one up
+        self.has_connected, self.is_away = True, False
+        self.is_pooled = pid != connection.info.backend_pid  # poolers make one up
         scope, isolation = ("LOCAL", "") if self.is_pooled else ("SESSION", "SESSION CHARACTERISTICS AS ")
-        timeout = min(self.settings.statement_timeout, GROUP_TIMEOUT if self.name == "group" else math.inf)
         preamble = (
             f"SET {isolation}TRANSACTION ISOLATION LEVEL READ COMMITTED;"
             f" SET {scope} lock_timeout = {self.settings.lock_timeout * 1000:.0f};"
-            f" SET {scope} statement_timeout = {timeout * 1000:.0f};"
+            f" SET {scope} statement_timeout = {self.statement_timeout * 1000:.0f};"
         )
         if self.is_pooled:  # what is sent in one message is one transaction, and leaves nothing behind in the session
             connection.preamble = preamble
@@ -497,10 +501,10 @@ class Pool(ConnectionPool[BoundedConnection]):
             try:
                 connection = self.getconn(AWAY_TIMEOUT if self.is_away else timeout)
             except PoolTimeout:
-                problem = "database unavailable" if self.is_away else "all database connections are busy"
-                raise unavailable(problem) from None
+                is_away = self.is_away or not self.has_connected
+                raise unavailable("database unavailable" if is_away else "all database connections are busy") from None
             try:
-                connection.patience = self.settings.statement_timeout + SILENCE
+                connection.patience = self.statement_timeout + SILENCE
                 try:
                     return connection.fetch(query, values)
                 except psycopg.Error as error:
@@ -516,6 +520,7 @@ class Pool(ConnectionPool[BoundedConnection]):
                 connection.patience = SILENCE
                 self.putconn(connection)
             if connection.was_silent:
+                self.is_away = True
                 self.drain()  # those beside it would be found silent one after the other
             else:
                 self.check()  # what ended this connection has most likely ended the idle ones beside it
@@ -671,12 +676,12 @@ class Application:
             token = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
             request.has_token = hmac.compare_digest(token, self.settings.admin_token)
             # The limit comes after the token: strangers cannot use up the operators' share.
-            (self.admin_calls if request.has_token else self.failed_calls).take(client)
+            (self.admin_calls if request.has_token else self.failed_calls).take(rate_key(client))
             if not request.has_token:
                 raise HTTPError(403, "forbidden")
             request.require_parameters(PARAMETERS.get(name, []))
         elif path.startswith("/api/"):
-            self.reads.take(client)
+            self.reads.take(rate_key(client))
         answer = getattr(self, name)(request, *map(checked_text, ids))
         if isinstance(answer, chain):
             return Response(200, answer)
@@ -898,7 +903,7 @@ class Request:
         return sent_path if tidy == sent_tidy else path
 
     def read_client(self, trusted_proxies: int) -> str:
-        """The caller's address, an IPv6 one as its /64; behind trusted proxies the one that they vouch for."""
+        """The caller's address; behind trusted proxies the one that they vouch for."""
         address = self.environ.get("REMOTE_ADDR") or ""
         hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
         if hops and len(hops) >= trusted_proxies:
@@ -994,15 +999,22 @@ def outcome_of(summary: Mapping[str, Any]) -> str:
 
 
 def read_address(text: str) -> str | None:
-    """An IP address, with or without a port, in the form that rate limits count by; None if it is not one."""
+    """An IP address, with or without a port, written in one way; None if it is not one."""
     match = re.fullmatch(r"\[([^]]*)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text[:100])
     try:
         address = ipaddress.ip_address((match[1] or match[2]) if match else text[:100])
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def rate_key(client: str) -> str:
+    """What the rate limits count by: the client, but of an IPv6 address its /64, which is one client's."""
+    try:
+        address = ipaddress.IPv6Address(client)
+    except ValueError:
+        return client
+    return str(ipaddress.ip_network((int(address), 64), strict=False))
 
 
 def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int = 1) -> str:
@@ -1045,6 +1057,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             hint, holders = error.diag.message_hint, held["blocked_by"]
             if request.event == "emergency_stop" and holders and not request.is_forced:
                 hint = FORCE_HINT if all(each["pid"] for each in holders) else PREPARED_HINT
+            request.noted["sessions_ended"] = held.get("sessions_ended")
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
         if request.has_token:
             told = {"message": message, "sqlstate": error.sqlstate}

@@ -1,9 +1,24 @@
 -- What an installation has to change in a database, and the lock under which it does so.
 
+-- limit_lock_wait(wait): makes the next wait for a lock fail after that time. Raises 55P03 if no time is left.
+CREATE OR REPLACE FUNCTION limit_lock_wait(wait interval)
+RETURNS void LANGUAGE plpgsql VOLATILE
+SET search_path FROM CURRENT
+AS $$
+BEGIN
+    IF wait <= '0' THEN
+        RAISE lock_not_available USING MESSAGE = 'the time to wait for locks is over';
+    END IF;
+    PERFORM set_config('lock_timeout', ceil(extract(epoch FROM wait) * 1000)::bigint::text, true);
+END;
+$$;
+
 -- lock_all_tables(): locks those of our tables that exist, all of them or none, in ACCESS EXCLUSIVE mode.
 -- Workers lock jobs and executions in either order. An installer that kept one table while it waits for the other would
 -- be in a deadlock with some of them. So each wait is short, and if it fails, the installer lets go of all tables. It
--- tries often and at random times, until it meets a moment at which no worker holds only one of the two.
+-- tries often and at random times, until it meets a moment at which no worker holds only one of the two. Where there
+-- are many workers, there may be none. After half of the time the installer insists: PostgreSQL then ends the deadlock
+-- at the cost of the workers, who get 40P01 once, because they have waited for longer than the installer.
 -- Raises   lock_not_available (55P03)  others use the tables for longer than lock_timeout, or a minute where that is 0
 CREATE OR REPLACE FUNCTION lock_all_tables()
 RETURNS void LANGUAGE plpgsql VOLATILE
@@ -11,8 +26,12 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     CONSTANT timestamptz := clock_timestamp() + COALESCE(NULLIF(v_lock_timeout, '0'), '1min')::interval;
-    v_first_wait   int := 100;  -- milliseconds; the longer, the longer the transactions that it can wait for
+    v_patience     CONSTANT interval := COALESCE(NULLIF(v_lock_timeout, '0'), '1min')::interval;
+    v_check        CONSTANT interval := current_setting('deadlock_timeout')::interval;  -- each wait is looked at then
+    v_began        CONSTANT timestamptz := clock_timestamp();
+    v_first_wait   interval := '100ms';  -- the longer, the longer the transactions that it can wait for
+    v_attempt      timestamptz;
+    v_waited       interval;
     v_table        regclass;
     v_tables       regclass[] := ARRAY(
         SELECT to_regclass(t.name) FROM unnest('{executions,jobs,emergency_stops,batch_changes}'::text[]) AS t (name)
@@ -20,15 +39,20 @@ DECLARE
 BEGIN
     LOOP
         BEGIN
-            PERFORM set_config('lock_timeout', v_first_wait || 'ms', true);
+            v_attempt := clock_timestamp();
+            PERFORM limit_lock_wait(v_first_wait);
             FOREACH v_table IN ARRAY v_tables LOOP
                 EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', v_table);
-                -- Mostly a few milliseconds, and sometimes as long as one may hold up workers of both kinds.
-                PERFORM set_config('lock_timeout', 1 + 300 * random() ^ 4 || 'ms', true);
+                v_waited := clock_timestamp() - v_attempt;
+                PERFORM limit_lock_wait(CASE
+                    WHEN v_attempt > v_began + v_patience / 2 AND v_waited < 0.6 * v_check THEN 1.5 * v_check
+                    -- Mostly a few milliseconds, and sometimes as long as one may hold up workers of both kinds. A
+                    -- worker who waits for longer than v_check would get 40P01.
+                    ELSE greatest(least(0.3 * v_check * random() ^ 4, 0.9 * v_check - v_waited), '1ms') END);
             END LOOP;
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-            IF clock_timestamp() > v_deadline THEN
+            IF clock_timestamp() > v_began + v_patience THEN
                 RAISE lock_not_available
                     USING MESSAGE = 'the tables are in use: nothing was changed', DETAIL = (
                         SELECT 'They are used by ' || string_agg(DISTINCT format(
@@ -39,7 +63,7 @@ BEGIN
                     ), HINT = 'Wait for their transactions or end them, or set a longer lock_timeout; then try again.';
             END IF;
             IF v_table = v_tables[1] THEN
-                v_first_wait := least(v_first_wait * 2, 1600);
+                v_first_wait := least(v_first_wait * 2, '1.6s');
             END IF;
             -- The table that was not free comes first now.
             v_tables := v_table || array_remove(v_tables, v_table);

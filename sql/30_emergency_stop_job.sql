@@ -15,28 +15,17 @@
 --          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
 --                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); it is
 --                                             empty where another stop of the job is at work. With force, if one may
---                                             not be ended and so none is: {"blocked_by": [...], "not_ended": [...]}
+--                                             not be ended and so none is: {"blocked_by": [...], "not_ended": [...]};
+--                                             if others hold it after some were ended: "sessions_ended": 2 is added
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
 --          works; where sessions share the lock of a row, its table, EXCLUSIVE; all until the transaction ends. With
 --          nothing to stop or to record it locks nothing. With force it ends the sessions that have held the job for
---          lock_timeout, and then waits for as long once more, but at least 1 s.
+--          lock_timeout, and then waits for as long once more, but at least 1 s. Then it ends those that by then have
+--          held the job for lock_timeout, and waits for 0.1 s.
 --
 -- The cost of a stop is mostly that of plpgsql's own: each function that is called, each statement and each expression
 -- is made ready anew in each transaction. So the way of a stop that meets nobody has few of them.
-
--- limit_lock_wait(wait): makes the next wait for a lock fail after that time. Raises 55P03 if no time is left.
-CREATE OR REPLACE FUNCTION limit_lock_wait(wait interval)
-RETURNS void LANGUAGE plpgsql VOLATILE
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    IF wait <= '0' THEN
-        RAISE lock_not_available USING MESSAGE = 'the time to wait for locks is over';
-    END IF;
-    PERFORM set_config('lock_timeout', ceil(extract(epoch FROM wait) * 1000)::bigint::text, true);
-END;
-$$;
 
 -- wait_for_barrier(barrier, wait): takes a job's barrier alone, in its turn; returns whether it was got in that time.
 CREATE OR REPLACE FUNCTION wait_for_barrier(barrier bigint, wait interval)
@@ -298,29 +287,30 @@ DECLARE
     v_id         CONSTANT jobs.id%TYPE := answer_if_ended.id;
     v_status     text;
     v_is_marked  boolean;
-    v_is_free    boolean;
     v_left_alone jsonb;
     v_xmax       xid;
     v_last_xmax  xid;
 BEGIN
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
-    -- shows in xmax; no transaction can set back a job with a mark. The barrier is given back at once, because a lock
-    -- that outlives the call costs more.
+    -- shows in xmax. Nobody was admitted to a job with a mark, and only a release, which is alone at the barrier, can set
+    -- it back. The barrier is given back at once, because a lock that outlives the call costs more.
     LOOP
-        SELECT j.status, j.xmax, j.metadata @> '{"emergency_stop": true}',
-               pg_try_advisory_lock(answer_if_ended.barrier) AND pg_advisory_unlock(answer_if_ended.barrier)
-        INTO v_status, v_xmax, v_is_marked, v_is_free
+        SELECT j.status, j.xmax, j.metadata @> '{"emergency_stop": true}'
+        INTO v_status, v_xmax, v_is_marked
         FROM jobs j
         WHERE j.id = v_id AND j.status IN ('completed', 'failed', 'cancelled');
-        IF v_is_free IS NOT TRUE THEN
-            IF NOT v_is_free THEN
-                RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
-            END IF;
-            RETURN NULL;  -- the job has not ended
+        IF NOT FOUND THEN
+            RETURN NULL;
+        END IF;
+        IF NOT (CASE WHEN v_is_marked
+                     THEN pg_try_advisory_lock_shared(barrier) AND pg_advisory_unlock_shared(barrier)
+                     ELSE pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier) END) THEN
+            RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
         END IF;
         EXIT WHEN v_is_marked;
-        IF v_status = 'failed' AND last_record(answer_if_ended.id) IS DISTINCT FROM 'stop'
+        IF (v_status = 'failed' OR answer_if_ended.sessions_ended > 0)
+           AND last_record(answer_if_ended.id) IS DISTINCT FROM 'stop'
            OR v_xmax <> '0' AND (mxid_age(v_xmax) > 0 OR is_running(v_xmax)) THEN
             RETURN NULL;
         END IF;
@@ -404,8 +394,9 @@ BEGIN
         PERFORM notify_workers('emergency_stop', json_build_object(
             'job_id', asked_id, 'stopped_at', v_stopped_at, 'executions_stopped', v_executions));
     END IF;
-    -- A job that failed by itself is put on record, too, so that no batch restarts it.
-    IF v_stopped_at IS NOT NULL OR v_status = 'failed' AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
+    -- A job that failed by itself is put on record, too, so that no batch restarts it; and that sessions were ended.
+    IF v_stopped_at IS NOT NULL
+       OR (v_status = 'failed' OR sessions_ended > 0) AND last_record(attempt_stop.id) IS DISTINCT FROM 'stop' THEN
         INSERT INTO emergency_stops (
             action, job_id, previous_status, new_status, executions_stopped, sessions_ended, reason, caller, stopped_at)
         VALUES ('stop', attempt_stop.id, v_status, v_new_status, COALESCE(v_executions, 0),
@@ -453,20 +444,23 @@ DECLARE
     v_began        timestamptz;
     v_wait         interval := '5ms';
     v_attempt      int := 1;
-    v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
+    v_terminated   int := 0;  -- how many sessions force has ended, and how often
+    v_rounds       int := 0;
     v_gone         int;
     v_problem      text;
+    v_context      text;
     v_answer       json;
 BEGIN
     LOOP
         v_began := clock_timestamp();
         BEGIN
             v_answer := COALESCE(
-                answer_if_ended(id, asked_id, COALESCE(v_terminated, 0), barrier),
-                attempt_stop(id, asked_id, reason, COALESCE(v_terminated, 0), caller, barrier, v_wait, v_attempt));
+                answer_if_ended(id, asked_id, v_terminated, barrier),
+                attempt_stop(id, asked_id, reason, v_terminated, caller, barrier, v_wait, v_attempt));
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-            v_problem := SQLERRM;  -- all locks of the attempt are given back, which dissolves a deadlock with workers
+            -- All locks of the attempt are given back, which dissolves a deadlock with workers.
+            GET STACKED DIAGNOSTICS v_problem = MESSAGE_TEXT, v_context = PG_EXCEPTION_CONTEXT;
         END;
         v_barred := v_barred OR wait_for_barrier(barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
         -- Each wait is longer than the last, and at least as long as it took to lock what was free: in each attempt the
@@ -479,13 +473,15 @@ BEGIN
         CONTINUE WHEN v_barred AND v_wait > '0';
 
         v_gone := end_or_name_holders(
-            asked_id, v_patience, force AND v_terminated IS NULL, CASE WHEN v_gone = 0 THEN v_problem END);
-        IF v_gone = 0 THEN  -- nobody holds it any more: one last try
-            v_deadline := clock_timestamp() + '100ms';
-        ELSE
-            v_terminated := v_gone;
-            v_deadline := clock_timestamp() + greatest(v_patience, '1s');
-        END IF;
+            asked_id, v_patience, force AND v_rounds < 2,
+            -- fail_job() comes when all rows are locked. So what it waited for is something else, such as a trigger's.
+            CASE WHEN v_gone = 0 AND v_context LIKE '%fail_job(%' THEN v_problem WHEN v_gone = 0 THEN '' END,
+            v_terminated);
+        -- After the first ones others may have come to hold it. If nobody holds it any more: one last try.
+        v_deadline := clock_timestamp() + CASE WHEN v_gone > 0 AND v_rounds = 0 THEN greatest(v_patience, '1s')
+                                               ELSE '100ms' END;
+        v_terminated := v_terminated + v_gone;
+        v_rounds := v_rounds + (v_gone > 0)::int;
         v_wait := '20ms';
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);

@@ -162,21 +162,25 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'The sessions that would hold up a stop of this job now: pid, application_name, database_user, state, '
     'transaction_seconds, query. Waits for nothing; locks for a moment rows of the job that others seem to hold.';
 
--- end_or_name_holders(id, patience, force, problem): what is left to do once a stop has waited for that long. With
--- force it ends those who have held the job for that long, and returns how many they were. Without, it raises 55P03,
--- with the holders as JSON in DETAIL. Where nobody holds the job any more, it returns 0; or, if a problem is given, the
--- message of the error that was met, it raises 55P03: with an empty array as DETAIL if another stop of the job is at
--- work, else without DETAIL.
-CREATE OR REPLACE FUNCTION end_or_name_holders(id text, patience interval, force boolean, problem text)
+-- end_or_name_holders(id, patience, force, problem, sessions_ended): what is left to do once a stop has waited for that
+-- long. With force it ends those who have held the job for that long, and returns how many they were. Without, it raises
+-- 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before. Where nobody holds
+-- the job any more, it returns 0; or, if a problem is given, it raises 55P03. The problem is the message of an error that
+-- was met although nobody else had a lock of the job's, or is empty. Only for such an error there is no DETAIL.
+CREATE OR REPLACE FUNCTION end_or_name_holders(
+    id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT 0)
 RETURNS int LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_messages CONSTANT text := current_setting('client_min_messages');
+    v_messages  CONSTANT text := current_setting('client_min_messages');
     -- emergency_stop_jobs() passes a short patience; this setting then says how long a holder must have held the job.
-    v_waited   CONSTANT interval :=
+    v_waited    CONSTANT interval :=
         COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
-    v_held     record;
+    v_message   text := format('job %L is locked', id);
+    v_held      record;
+    v_not_ended json;
+    v_hint      text;
 BEGIN
     -- A holder is overdue if its transaction is as old as the wait, or of unknown age. If none is, all are named.
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
@@ -194,39 +198,40 @@ BEGIN
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_held.pids) AS p (pid);  -- waits for its end
         PERFORM set_config('client_min_messages', v_messages, true);
         RETURN cardinality(v_held.pids);
-    ELSIF force AND v_held.not_ended IS NOT NULL THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %L is locked', id),
-                  DETAIL = json_build_object('blocked_by', v_held.holders, 'not_ended', v_held.not_ended),
-                  HINT = 'A superuser can end the sessions in not_ended, and an operator the prepared transactions, '
-                         'with ROLLBACK PREPARED. Nothing was changed, and nobody was ended.';
     ELSIF v_held.holders IS NOT NULL THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %L is locked', id),
-                  DETAIL = v_held.holders,
-                  HINT = format('Others have held it for %s; nothing was changed. ', patience) || CASE
-                      WHEN cardinality(v_held.pids) = 0 THEN
-                          'None of them has held it for that long, so even force => true ends none. Ask again.'
-                      WHEN v_held.not_ended IS NULL THEN
-                          'To end those sessions: SELECT emergency_stop_job(id, force => true).'
-                      ELSE 'Even force => true cannot end all of them: an operator has to end a prepared transaction, '
-                           'with ROLLBACK PREPARED, and a superuser the other sessions.' END;
-    ELSIF problem IS NOT NULL AND EXISTS (
+        v_not_ended := CASE WHEN force THEN v_held.not_ended END;
+        v_hint := format('Others have held it for %s. ', patience) || CASE
+            WHEN sessions_ended > 0 THEN 'They came to hold it after those that were ended: send the call again.'
+            WHEN cardinality(v_held.pids) = 0 THEN
+                'None of them has held it for that long, so even force => true ends none. Ask again.'
+            WHEN v_held.not_ended IS NULL THEN 'To end those sessions: SELECT emergency_stop_job(id, force => true).'
+            ELSE 'Even force => true cannot end all of them, and so ends none: an operator has to end a prepared '
+                 'transaction, with ROLLBACK PREPARED, and a superuser the other sessions.' END;
+    ELSIF problem IS NULL THEN
+        RETURN 0;
+    ELSIF EXISTS (
         SELECT FROM pg_locks l
         WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
           AND (l.classid::bigint << 32 | l.objid::bigint) = job_barrier(to_job_id(end_or_name_holders.id)::text)
           AND l.pid <> pg_backend_pid()
           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %L is locked', id),
-                  DETAIL = '[]',
-                  HINT = 'Another stop of this job is at work. Ask again.';
-    ELSIF problem IS NOT NULL THEN
-        RAISE lock_not_available
-            USING MESSAGE = format('job %L could not be stopped in %s: %s', id, patience, problem),
-                  HINT = 'Nobody is known to hold it now. Short transactions may have held it in turn: try again. Or '
-                         'triggers of the tables jobs and executions have waited for something else: look at them.';
+        v_hint := 'Another stop of this job is at work. Ask again.';
+    ELSIF problem = '' THEN
+        v_hint := 'Nobody holds it now. Short transactions have held it in turn: send the call again.';
+    ELSE
+        v_message := format('job %L could not be stopped in %s: %s', id, patience, problem);
+        v_hint := 'Nobody holds it. Look at what the triggers of the tables jobs and executions wait for.';
     END IF;
-    RETURN 0;
+    RAISE lock_not_available USING
+        MESSAGE = v_message,
+        DETAIL = CASE
+            WHEN v_message <> format('job %L is locked', id) THEN ''
+            WHEN v_not_ended IS NULL AND sessions_ended = 0 THEN COALESCE(v_held.holders, '[]')::text
+            ELSE (SELECT json_object_agg(d.key, d.value)
+                  FROM (VALUES ('blocked_by', COALESCE(v_held.holders, '[]')), ('not_ended', v_not_ended),
+                               ('sessions_ended', to_json(NULLIF(sessions_ended, 0)))) AS d (key, value)
+                  WHERE d.value IS NOT NULL)::text END,
+        HINT = v_hint || CASE sessions_ended WHEN 0 THEN ' Nothing was changed.'
+                         ELSE format(' Sessions were ended: %s. Nothing else was changed.', sessions_ended) END;
 END;
 $$;

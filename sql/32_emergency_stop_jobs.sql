@@ -40,9 +40,8 @@ BEGIN
         EXCEPTION WHEN lock_not_available THEN
             GET STACKED DIAGNOSTICS v_detail = PG_EXCEPTION_DETAIL;
             v_summaries[v_job.number] := CASE
-                WHEN v_detail LIKE '{%' THEN json_build_object(
-                    'error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_detail::json -> 'blocked_by',
-                    'not_ended', v_detail::json -> 'not_ended')
+                WHEN v_detail LIKE '{%'
+                THEN format('{"error": "job is locked", "job_id": %s, %s', to_json(v_job.id), substr(v_detail, 2))::json
                 WHEN v_detail = '' THEN json_build_object(
                     'error', 'job is locked', 'job_id', v_job.id, 'blocked_by', '[]'::json, 'message', SQLERRM)
                 ELSE json_build_object('error', 'job is locked', 'job_id', v_job.id, 'blocked_by', v_detail::json)

@@ -480,6 +480,13 @@ def start_service(service_url: str) -> Iterator[Callable[..., Service]]:
         process.stderr.close()
 
 
+def log_lines(capsys: pytest.CaptureFixture[str], event: str = "emergency_stop") -> list[dict[str, Any]]:
+    """What the application has logged of an event since this was asked for the last time."""
+    beacon_stop.LOG_HANDLER.flush()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
 @contextmanager
 def in_thread(function: Callable[..., Any], *arguments: Any) -> Iterator[SimpleNamespace]:
     """Run a function beside the block; its result is there after the block, or its exception is raised."""

@@ -20,6 +20,7 @@ from conftest import (
     in_thread,
     is_waiting,
     let_stops_go,
+    log_lines,
     new_database,
     stops_are_held,
     wait_until,
@@ -319,6 +320,86 @@ def test_force_spares_transactions_younger_than_the_lock_timeout(service, db, co
         wait_until(lambda: not is_alive(old))
         young.commit()
     assert (stop.result["sessions_ended"], stop.result["executions_stopped"]) == (1, 2)
+
+
+def test_force_ends_who_came_to_hold_the_job_after_the_first_ones_once_he_too_has_held_it_for_that_long(
+    service, db, connect, make_job, hold
+):
+    job_id = make_job(running=2)
+    old = hold("UPDATE executions SET output = '{}' WHERE id = 1")
+    young = connect(autocommit=False)
+    young.execute("SET lock_timeout = 0")
+    young.commit()
+    service.execute("SET lock_timeout = '1s'")
+
+    with in_thread(lambda: service.execute(FORCE, (job_id,)).fetchone()[0]) as stop:
+        half_way = "SELECT FROM pg_stat_activity WHERE pid = %s AND xact_start < clock_timestamp() - interval '500 ms'"
+        wait_until(lambda: db.execute(half_way, (service.info.backend_pid,)).fetchall())
+        wait_until(lambda: try_to_take(young), 1)
+        wait_until(lambda: not is_alive(old))
+        assert is_alive(young)
+    assert (stop.result["sessions_ended"], stop.result["executions_stopped"]) == (2, 2)
+    assert (is_alive(old), is_alive(young)) == (False, False)
+    assert db.execute("SELECT sessions_ended FROM emergency_stops").fetchall() == [(2,)]
+
+
+def test_a_stop_that_has_ended_sessions_in_vain_says_so(make_app, capsys, db, connect, make_job, hold):
+    """It had said that nothing was changed, and nobody ever knew who had ended the session."""
+    job_id = make_job(running=2)
+    change_function(db, "stop_in_turn", "v_rounds < 2", "v_rounds < 1")  # so that he who comes later need not be so late
+    old = hold("UPDATE executions SET output = '{}' WHERE id = 1")
+    young = connect(autocommit=False)
+    young.execute("SET lock_timeout = 0")
+    young.commit()
+    client = Client(make_app(lock_timeout="1s"))
+
+    with in_thread(client.stop, job_id, b'{"force": true}') as stop:
+        half_way = "SELECT FROM pg_stat_activity WHERE query LIKE %s AND xact_start < clock_timestamp() - interval '500 ms'"
+        wait_until(lambda: db.execute(half_way, ("SELECT emergency_stop_job(%",)).fetchall())
+        wait_until(lambda: try_to_take(young), 1)
+    assert (is_alive(old), is_alive(young)) == (False, True)
+    assert stop.result.status == 503
+    assert list(stop.result.json) == ["error", "job_id", "blocked_by", "sessions_ended", "hint"]
+    assert [one["pid"] for one in stop.result.json["blocked_by"]] == pids(young)
+    assert stop.result.json["sessions_ended"] == log_lines(capsys)[-1]["sessions_ended"] == 1
+    assert "Sessions were ended: 1. Nothing else was changed." in stop.result.json["hint"]
+    (several,) = db.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id],)).fetchone()
+    assert list(several) == ["error", "job_id", "blocked_by"]
+    db.execute("ALTER FUNCTION emergency_stop_job(text, text, boolean, jsonb) RENAME TO original")
+    db.execute("""
+        CREATE FUNCTION emergency_stop_job(id text, reason text, force boolean, caller jsonb) RETURNS json LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM end_or_name_holders(id, '1s', false, NULL, 3); END $$""")
+    (several,) = db.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id],)).fetchone()
+    assert (list(several), several["sessions_ended"]) == (["error", "job_id", "blocked_by", "sessions_ended"], 3)
+
+
+def test_that_sessions_were_ended_for_a_job_that_had_ended_by_itself_is_recorded(db, make_job, hold, service):
+    job_id = make_job(status="completed", completed=1)
+    holder = hold("UPDATE jobs SET updated_at = now() WHERE id = %s", job_id)
+
+    answer = service.execute("SELECT emergency_stop_job(%s, force => true, reason => 'why')", (job_id,)).fetchone()[0]
+    assert (answer["action"], answer["sessions_ended"], is_alive(holder)) == ("none", 1, False)
+    recorded = "SELECT action, previous_status, new_status, executions_stopped, sessions_ended, reason FROM emergency_stops"
+    assert db.execute(recorded).fetchall() == [("stop", "completed", "completed", 0, 1, "why")]
+    assert db.execute("SELECT status, metadata FROM jobs").fetchall() == [("completed", None)]
+
+
+def test_transactions_that_hold_a_job_in_turn_leave_nobody_to_be_named(db, make_job):
+    """It is locked all the same. It had been told as an error of the database's, without a DETAIL."""
+    job_id = make_job(running=1)
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=f"job '{job_id}' is locked") as locked:
+        db.execute("SELECT end_or_name_holders(%s, '1s', false, '')", (job_id,))
+    assert locked.value.diag.message_detail == "[]"
+    assert "in turn: send the call again. Nothing was changed." in locked.value.diag.message_hint
+
+
+def test_a_stopped_job_stays_stopped_beside_an_insert_that_starts_nothing(db, make_job, stop, hold, service):
+    """It was "locked", since whoever inserts an execution holds the barrier."""
+    job_id = make_job(running=1)
+    stop(job_id)
+    hold("INSERT INTO executions (job_id, status) VALUES (%s, 'completed')", job_id)
+
+    assert service.execute(STOP, (job_id,)).fetchone()[0]["action"] == "none"
 
 
 def try_to_take(session: psycopg.Connection) -> bool:

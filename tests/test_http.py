@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -20,19 +21,13 @@ from conftest import (
     TOKEN,
     Client,
     count_active,
+    log_lines,
     new_database,
     slow_down_stops,
     url_of,
     wait_until,
 )  # fmt: skip
 from processes import suspended
-
-
-def log_lines(capsys, event="emergency_stop"):
-    beacon_stop.LOG_HANDLER.flush()
-    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    return [line for line in lines if line["event"] == event]
-
 
 # --- The stop ---
 
@@ -1379,6 +1374,33 @@ def test_of_a_silent_server_no_other_connection_is_tried(make_app, make_job, mon
         assert time.monotonic() - started < 3
 
 
+def test_of_a_database_that_says_nothing_readiness_says_that_it_is_away(make_app, make_job, monkeypatch):
+    """It had said, after more than a minute, that all connections were busy."""
+    monkeypatch.setattr(beacon_stop, "SILENCE", 0.3)
+    monkeypatch.setattr(beacon_stop, "AWAY_TIMEOUT", 0.1)
+    monkeypatch.setattr(beacon_stop, "STATEMENT_TIMEOUTS", {"health": 0.2})
+    app = make_app()
+    client = Client(app)
+    assert client("GET", "/health/ready").status == 200
+    with app.health_pool.connection() as connection:
+        server = psutil.Process(connection.info.backend_pid).parent()
+    unready = (503, {"error": "database unavailable", "faults": ["database unavailable"]})
+
+    with suspended(server, psutil.Process(connection.info.backend_pid)):
+        started = time.monotonic()
+        for _ in range(2):
+            answer = client("GET", "/health/ready")
+            assert (answer.status, answer.json) == unready
+        assert time.monotonic() - started < 5
+
+
+def test_of_a_host_that_takes_connections_and_says_nothing_nobody_says_that_they_are_busy(make_app, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        client = Client(make_app(database_url=f"postgresql://127.0.0.1:{mute.getsockname()[1]}/nowhere"))
+        assert client.stop("a").json == {"error": "database unavailable"}
+
+
 def test_a_call_that_the_database_works_at_is_not_taken_for_silence(make_app, make_job, db, monkeypatch):
     monkeypatch.setattr(beacon_stop, "SILENCE", 0.2)
     client = Client(make_app(admin_pool="1", statement_timeout="10s"))
@@ -1404,7 +1426,9 @@ def test_once_the_database_is_known_to_be_away_nobody_waits_long_for_it(make_app
 def test_all_of_an_ipv6_network_of_64_bits_is_one_client():
     first, last, beyond = "2001:db8:0:7::", "2001:db8:0:7:ffff:ffff:ffff:ffff", "2001:db8:0:8::"
 
-    assert beacon_stop.read_address(first) == beacon_stop.read_address(last) != beacon_stop.read_address(beyond)
+    keys = [beacon_stop.rate_key(beacon_stop.read_address(each)) for each in (first, last, beyond)]
+    assert keys[0] == keys[1] != keys[2]
+    assert beacon_stop.rate_key("unix:/run/proxy") == "unix:/run/proxy"
 
 
 @pytest.mark.parametrize("length", ["+2", " 2", "0_2", "2.0", "-2", "2" * 30])
@@ -1441,3 +1465,7 @@ def test_the_log_has_the_status_of_each_answer_and_the_client_behind_the_proxy(m
     lines = log_lines(capsys)
     assert [line["status"] for line in lines] == [answer.status for answer in answers] == [200, 404, 400, 403, 429]
     assert {line["client"] for line in lines} == {"192.0.2.7"}
+    client.stop(job_id := make_job(running=1), HTTP_X_FORWARDED_FOR="[2001:DB8:0:7::9]:443")
+    (line,) = log_lines(capsys)
+    history = client("GET", f"/admin/jobs/{job_id}/emergency-stop", HTTP_X_ADMIN_TOKEN=TOKEN).json["history"]
+    assert line["client"] == history[0]["client"] == "2001:db8:0:7::9", "not the network that its rate limit is for"

@@ -1,5 +1,6 @@
 """sql/install.sql and sql/uninstall.sql: by psql or the module, again, at once, beside writers, over version 1.0."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -301,8 +302,8 @@ def test_where_no_timeout_is_set_the_wait_for_the_tables_ends_and_names_who_uses
 
 @pytest.mark.parametrize("table", ["executions", "jobs"])
 def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db, connect, table):
-    change_function(db, "lock_all_tables", "v_first_wait   int := 100", "v_first_wait   int := 20")
-    change_function(db, "lock_all_tables", "300 * random()", "3 * random()")
+    change_function(db, "lock_all_tables", "interval := '100ms'", "interval := '20ms'")
+    change_function(db, "lock_all_tables", "0.3 * v_check", "0.003 * v_check")
     user, installer = connect(autocommit=False), connect()
     user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
     waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - interval '60 ms'"
@@ -314,7 +315,7 @@ def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db
 
 def test_a_deadlock_with_a_worker_is_given_up_and_tried_again(db, connect, make_job):
     make_job(running=1)
-    change_function(db, "lock_all_tables", "300 * random() ^ 4", "5000")
+    change_function(db, "lock_all_tables", "least(0.3 * v_check * random() ^ 4, 0.9 * v_check - v_waited)", "interval '5s'")
     worker, installer = connect(autocommit=False), connect()
     worker.execute("SET deadlock_timeout = '15s'; UPDATE jobs SET updated_at = now()")
     installer.execute("SET deadlock_timeout = '150ms'")
@@ -323,6 +324,27 @@ def test_a_deadlock_with_a_worker_is_given_up_and_tried_again(db, connect, make_
         wait_until(lambda: is_waiting(db, installer))
         worker.execute("UPDATE executions SET output = NULL")
         worker.commit()
+
+
+@pytest.mark.parametrize("insists", [False, True])
+def test_in_the_end_the_installer_insists_and_a_worker_who_has_one_table_and_wants_the_other_tries_again(db, connect, make_job, insists):
+    """Where it is never met that no worker has just one of the tables, the installer gave up."""
+    make_job(running=1)
+    if insists:
+        change_function(db, "lock_all_tables", "v_patience / 2", "interval '0'")
+    db.execute(f"ALTER DATABASE {db.info.dbname} SET deadlock_timeout = '2s'")
+    first, worker, installer = connect(autocommit=False), connect(autocommit=False), connect()
+    first.execute("UPDATE executions SET output = NULL")
+    worker.execute("UPDATE jobs SET updated_at = now()")
+    change_function(db, "lock_all_tables", "interval := '100ms'", "interval := '10s'")
+
+    with in_thread(installer.execute, LOCK_ALL):
+        wait_until(lambda: is_waiting(db, installer))
+        refused = pytest.raises(psycopg.errors.DeadlockDetected) if insists else contextlib.nullcontext()
+        with refused, in_thread(worker.execute, "UPDATE executions SET output = NULL"):
+            wait_until(lambda: is_waiting(db, worker))
+            first.rollback()
+        worker.rollback()
 
 
 def test_a_prepared_transaction_that_uses_the_tables_has_no_process_to_be_named(db, connect):
