@@ -12,7 +12,7 @@ RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
 AS $$
 BEGIN
-    IF to_regprocedure('installed_functions()') IS NULL OR to_regprocedure('function_checksums(oid[])') IS NULL THEN
+    IF to_regprocedure('installed_functions()') IS NULL THEN
         RETURN NEXT 'the installation is not complete: the list of the functions that were installed is missing';
         RETURN;
     END IF;
@@ -24,11 +24,12 @@ BEGIN
         )
         SELECT format(f.fault, i.signature, caller, owner)
         FROM installed i
-        LEFT JOIN function_checksums(ARRAY(SELECT n.oid FROM installed n)) c ON c.oid = i.oid
+        LEFT JOIN pg_proc p ON p.oid = i.oid
         CROSS JOIN LATERAL (SELECT CASE
             WHEN i.oid IS NULL AND to_regproc(i.name) IS NULL THEN 'function %s is missing'
             WHEN i.oid IS NULL THEN 'function %s is missing: the one that is there has other arguments'
-            WHEN c.checksum IS DISTINCT FROM i.checksum THEN
+            WHEN md5(concat_ws(' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))
+                 IS DISTINCT FROM i.checksum THEN
                 'function %s is not the one that was installed: it was changed since'
             WHEN NOT has_function_privilege(caller, i.oid, 'EXECUTE') AND i.name = ANY (
                 '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,

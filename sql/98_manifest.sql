@@ -1,20 +1,8 @@
 -- The manifest: which functions this installation has made, and a checksum of each. emergency_stop_faults() compares it
 -- with what is there: it finds a function that is missing, or is not the one that was installed, before it is needed.
 
--- function_checksums(functions): a checksum of what each of these functions does, as far as they exist.
-CREATE OR REPLACE FUNCTION function_checksums(functions oid[])
-RETURNS TABLE (oid oid, checksum text) LANGUAGE plpgsql STABLE
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN QUERY
-        SELECT p.oid, md5(concat_ws(' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))
-        FROM pg_proc p
-        WHERE p.oid = ANY (functions);
-END;
-$$;
-
 -- installed_functions(): the manifest, as {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}.
+-- function_faults() makes the checksums in the same way. If it did not, 99_end.sql would refuse the installation.
 DO $$
 DECLARE
     v_functions jsonb;
@@ -22,14 +10,13 @@ DECLARE
 BEGIN
     -- This transaction has written these rows of the catalog, itself or in a savepoint of it. Others that are committed
     -- meanwhile do not have our search_path.
-    SELECT jsonb_object_agg(c.oid::regprocedure, c.checksum) INTO v_functions
-    FROM function_checksums(ARRAY(
-        SELECT p.oid
-        FROM pg_proc p
-        WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema()))
-          AND age(p.xmin) <= age(pg_current_xact_id()::xid)
-          AND p.proconfig @> ARRAY['search_path=' || current_setting('search_path')]
-          AND p.proname <> 'installed_functions')) c;
+    SELECT jsonb_object_agg(p.oid::regprocedure, md5(concat_ws(
+        ' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))) INTO v_functions
+    FROM pg_proc p
+    WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema()))
+      AND age(p.xmin) <= age(pg_current_xact_id()::xid)
+      AND p.proconfig @> ARRAY['search_path=' || current_setting('search_path')]
+      AND p.proname <> 'installed_functions';
     EXECUTE format('
         CREATE OR REPLACE FUNCTION installed_functions()
         RETURNS jsonb LANGUAGE sql IMMUTABLE SET search_path FROM CURRENT

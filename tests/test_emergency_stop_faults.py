@@ -178,11 +178,6 @@ FAULTY = {
         "the installation is not complete: the list of the functions that were installed is missing",
         "ALTER FUNCTION another() RENAME TO installed_functions",
     ),
-    "a helper of that list that is gone": (
-        "ALTER FUNCTION function_checksums(oid[]) RENAME TO another",
-        "the installation is not complete: the list of the functions that were installed is missing",
-        "ALTER FUNCTION another(oid[]) RENAME TO function_checksums",
-    ),
 }
 
 
