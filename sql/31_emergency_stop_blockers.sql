@@ -53,13 +53,14 @@ EXCEPTION WHEN invalid_parameter_value OR internal_error THEN
 END;
 $$;
 
--- holders_of_job(id, began): as emergency_stop_blockers, and whether the owner of these functions may end the session,
--- and it is beyond doubt that it holds the job. The xmax of a row can be the number of a part of a transaction, such as
--- a savepoint that was released. PostgreSQL knows whose part it is, but tells only those who wait for it. So it can be
--- one of all transactions that are older, have locked rows of the table, and had begun by then.
+-- holders_of_job(id, began): as emergency_stop_blockers, and may_be_ended: whether the owner of these functions may end
+-- the session, and it is beyond doubt that it holds the job. Besides, the stops of the job that are at work: is_stop.
+-- The xmax of a row can be the number of a part of a transaction, such as a savepoint that was released. PostgreSQL
+-- knows whose part it is, but tells only those who wait for it. So it can be one of all transactions that are older,
+-- have locked rows of the table, and had begun by then.
 CREATE OR REPLACE FUNCTION holders_of_job(id text, began timestamptz)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
-               may_be_ended boolean)
+               may_be_ended boolean, is_stop boolean)
 LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 SET jit = off  -- which takes longer to compile the plan than the plan takes to run
@@ -135,27 +136,25 @@ BEGIN
            round(extract(epoch FROM clock_timestamp() - COALESCE(p.since, a.xact_start)), 3), left(a.query, 200),
            -- The rule of pg_terminate_backend.
            f.is_certain AND f.pid IS NOT NULL AND COALESCE(o.rolsuper OR NOT r.rolsuper AND (
-               pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')), false)
+               pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')), false),
+           EXISTS (SELECT FROM barrier b WHERE b.pid = f.pid AND b.stop_at_work)
     FROM found f JOIN pg_roles o ON o.rolname = current_user
     LEFT JOIN pg_stat_activity a ON a.pid = f.pid
     LEFT JOIN pg_roles r ON r.oid = a.usesysid
     LEFT JOIN transactions p ON p.gid IS NOT NULL AND p.virtualtransaction = f.virtualtransaction
-    WHERE NOT EXISTS (SELECT FROM barrier b WHERE b.pid = f.pid AND b.stop_at_work)
     ORDER BY 1, 2;
 END;
 $$;
 
 CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+LANGUAGE sql VOLATILE SECURITY DEFINER
 SET search_path FROM CURRENT
 SET row_security = off
 AS $$
-BEGIN
-    RETURN QUERY
-        SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
-        FROM holders_of_job(emergency_stop_blockers.id, 'infinity') h;
-END;
+    SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
+    FROM holders_of_job(emergency_stop_blockers.id, 'infinity') h
+    WHERE NOT h.is_stop;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
 COMMENT ON FUNCTION emergency_stop_blockers(text) IS
@@ -184,11 +183,12 @@ DECLARE
 BEGIN
     -- A holder is overdue if its transaction is as old as the wait, or of unknown age. If none is, all are named.
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
-           COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s)) AS holders,
-           json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended
+           COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s) FILTER (WHERE NOT h.is_stop)) AS holders,
+           json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended, bool_or(h.is_stop) AS by_a_stop
     INTO v_held
     FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - v_waited) h
-    CROSS JOIN LATERAL (SELECT COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
+    CROSS JOIN LATERAL (
+        SELECT NOT h.is_stop AND COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
     CROSS JOIN LATERAL (
         SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query) s;
 
@@ -209,12 +209,7 @@ BEGIN
                  'transaction, with ROLLBACK PREPARED, and a superuser the other sessions.' END;
     ELSIF problem IS NULL THEN
         RETURN 0;
-    ELSIF EXISTS (
-        SELECT FROM pg_locks l
-        WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.objsubid = 1
-          AND (l.classid::bigint << 32 | l.objid::bigint) = job_barrier(to_job_id(end_or_name_holders.id)::text)
-          AND l.pid <> pg_backend_pid()
-          AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) THEN
+    ELSIF v_held.by_a_stop THEN
         v_hint := 'Another stop of this job is at work. Ask again.';
     ELSIF problem = '' THEN
         v_hint := 'Nobody holds it now. Short transactions have held it in turn: send the call again.';
