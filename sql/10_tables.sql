@@ -6,20 +6,13 @@
 DO $$
 DECLARE
     v_refused CONSTANT text[] := ARRAY(SELECT u.* FROM unfit_tables() AS u);
+    v_table   text;
 BEGIN
     IF cardinality(v_refused) > 0 THEN
         RAISE invalid_table_definition
             USING MESSAGE = v_refused[1], DETAIL = array_to_string(v_refused, E'\n'),
                   HINT = 'Nothing was installed or changed.';
-    END IF;
-END;
-$$;
-
-DO $$
-DECLARE
-    v_table text;
-BEGIN
-    IF EXISTS (SELECT FROM installation_steps()) THEN
+    ELSIF EXISTS (SELECT FROM installation_steps()) THEN
         PERFORM lock_all_tables();
     END IF;
     FOREACH v_table IN ARRAY '{jobs,executions,emergency_stops,batch_changes}'::text[] LOOP
