@@ -16,7 +16,6 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_held_for     CONSTANT interval := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
     v_is_several   CONSTANT text := current_setting('beacon_stop.is_several', true);  -- of the call whose trigger
     v_waited       CONSTANT text := current_setting('beacon_stop.waited', true);      -- has called this one
     v_summaries    json[] := '{}'::json[];
@@ -25,9 +24,9 @@ DECLARE
 BEGIN
     PERFORM require_read_committed('emergency_stop_jobs');
     PERFORM set_config('beacon_stop.is_several', 'on', true);
-    IF force THEN  -- only against those who have held a job for lock_timeout
-        PERFORM set_config('beacon_stop.waited', v_held_for::text, true);
-    END IF;
+    -- Only against those who have held a job for lock_timeout.
+    PERFORM set_config('beacon_stop.waited', CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END, true)
+    WHERE force;
     FOR v_job IN  -- in one order for all callers, so that two of them do not wait for each other
         SELECT j.id, j.number,
                CASE jsonb_typeof(caller) WHEN 'array' THEN caller -> (j.number - 1)::int ELSE caller END AS caller

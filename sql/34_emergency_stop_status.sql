@@ -40,7 +40,7 @@ DECLARE
     v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
     v_counts       jsonb;
     v_job          record;
-    v_stop         record;
+    v_executions   bigint;  -- of the last stop
     v_history      json;
     v_confirmation json;
     -- In the type of the column, so that they are rounded as the column's values are.
@@ -60,14 +60,12 @@ BEGIN
     INTO v_history
     FROM (SELECT * FROM emergency_stops r WHERE r.job_id = v_key ORDER BY r.id DESC LIMIT 20) s;
 
-    SELECT s.executions_stopped AS executions, s.stopped_at, lead(s.stopped_at, 1, '-infinity') OVER w AS previous
-    INTO v_stop
+    SELECT s.executions_stopped, s.stopped_at, lead(s.stopped_at, 1, '-infinity') OVER w
+    INTO v_executions, v_stopped_at, v_previous
     FROM emergency_stops s WHERE s.job_id = v_key AND s.action = 'stop'
     WINDOW w AS (ORDER BY s.id DESC)
     ORDER BY s.id DESC LIMIT 1;
     IF FOUND THEN
-        v_stopped_at := v_stop.stopped_at;
-        v_previous := v_stop.previous;
         -- The latest first, and no more than the stop has failed: of a job with a long history few executions are
         -- looked at. Only the index on (job_id, id) gives this order, and this function's settings make the planner use
         -- it. A trigger of the application's may have set completed_at to the start of the stop's transaction, so each
@@ -79,7 +77,7 @@ BEGIN
               AND e.output @> '{"emergency_stop": true}'
               AND (e.completed_at > v_previous OR e.completed_at >= v_stopped_at)
             ORDER BY e.job_id DESC, e.id DESC
-            LIMIT v_stop.executions
+            LIMIT v_executions
         ), begun AS (
             SELECT * FROM failed f WHERE f.started_at IS NOT NULL
         )
