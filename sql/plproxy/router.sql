@@ -138,15 +138,17 @@ BEGIN
 END;
 $$;
 
--- on_shards(call, arguments, max_jobs): calls a function on one shard after the other, with the arguments that are
--- under the shard's number. Each may change an equal share of what the earlier ones have left of max_jobs.
+-- on_shards(call, arguments, max_jobs, hint): calls a function on one shard after the other, with the arguments under
+-- the shard's number. Each may change an equal share of what the earlier ones have left of max_jobs.
 -- Returns  the answer of each shard, or what is said of it if it is away
-CREATE OR REPLACE FUNCTION on_shards(call text, arguments jsonb, max_jobs int DEFAULT NULL)
+-- Raises   connection_failure (08006), if there is a hint, for a shard that is away: after the others have been called
+CREATE OR REPLACE FUNCTION on_shards(call text, arguments jsonb, max_jobs int, hint text)
 RETURNS TABLE (shard int, answer json, away text) LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_left  int := max_jobs;
+    v_away  text;
     v_shard record;
 BEGIN
     FOR v_shard IN
@@ -168,9 +170,13 @@ BEGIN
             v_left := v_left - COALESCE(answer ->> 'timed_out_count', answer ->> 'republished_count')::int;
         EXCEPTION WHEN connection_failure THEN
             away := SQLERRM;
+            v_away := greatest(v_away, away);
         END;
         RETURN NEXT;
     END LOOP;
+    IF v_away IS NOT NULL AND hint IS NOT NULL THEN
+        RAISE connection_failure USING SCHEMA = 'beacon_stop', MESSAGE = v_away, HINT = on_shards.hint;
+    END IF;
 END;
 $$;
 
@@ -183,15 +189,10 @@ SET search_path FROM CURRENT
 AS $$
 DECLARE
     v_answers json[];
-    v_away    text;
 BEGIN
-    SELECT array_agg(o.answer ORDER BY o.shard), max(o.away) INTO v_answers, v_away
+    SELECT array_agg(o.answer ORDER BY o.shard) INTO v_answers
     FROM on_shards(call, (SELECT jsonb_object_agg(p.shard, jsonb_build_object('span', span, 'max_jobs', max_jobs))
-                          FROM partitions() p), max_jobs) o;
-    IF v_away IS NOT NULL THEN
-        RAISE connection_failure
-            USING SCHEMA = 'beacon_stop', MESSAGE = v_away, HINT = 'The batch has run on the other shards.';
-    END IF;
+                          FROM partitions() p), max_jobs, 'The batch has run on the other shards.') o;
     RETURN (
         SELECT json_object_agg(k.key, CASE
             WHEN k.key IN ('timed_out_count', 'republished_count') THEN
@@ -207,69 +208,51 @@ BEGIN
 END;
 $$;
 
--- The functions that answer what one other function answers.
+-- The functions that answer what one other function answers: one JSON, or rows of these columns.
 DO $do$
 DECLARE
-    v_function record;
+    v_statement text;
 BEGIN
-    FOR v_function IN
-        SELECT *
+    FOR v_statement IN
+        SELECT format('CREATE OR REPLACE FUNCTION %s RETURNS %s LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+                       SET search_path FROM CURRENT AS %L',
+                      f.signature, COALESCE('TABLE (' || f.columns || ')', 'json'), format(CASE
+                          WHEN f.columns IS NULL THEN 'BEGIN RETURN %s; END'
+                          ELSE 'BEGIN RETURN QUERY SELECT r.* FROM json_to_recordset(%s) AS r (%s); END'
+                      END, f.answer, f.columns))
         FROM (VALUES
             ('emergency_stop_job(id text, reason text DEFAULT NULL, force boolean DEFAULT false,
-                                 caller jsonb DEFAULT NULL)',
+                                 caller jsonb DEFAULT NULL)', NULL,
              $q$on_shard(partition_of(id), 'emergency_stop_job', jsonb_build_object(
                     'id', id, 'reason', reason, 'force', force, 'caller', caller))$q$),
-            ('emergency_stop_dry_run(id text)',
+            ('emergency_stop_dry_run(id text)', NULL,
              $q$on_shard(partition_of(id), 'emergency_stop_dry_run', jsonb_build_object('id', id))$q$),
-            ('emergency_stop_status(id text)',
+            ('emergency_stop_status(id text)', NULL,
              $q$on_shard(partition_of(id), 'emergency_stop_status', jsonb_build_object('id', id))$q$),
-            ('release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)',
+            ('emergency_stop_blockers(id text)',
+             'pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text',
+             $q$on_shard(partition_of(id), 'emergency_stop_blockers', jsonb_build_object('id', id))$q$),
+            ('release_job(id text, reason text, status text, caller jsonb DEFAULT NULL)', NULL,
              $q$on_shard(partition_of(id), 'release_job', jsonb_build_object(
                     'id', id, 'reason', reason, 'status', status, 'caller', caller))$q$),
-            ('get_job(id text)',
+            ('get_job(id text)', NULL,
              $q$on_shard(partition_of(id), 'get_job', jsonb_build_object('id', id))$q$),
-            ($q$timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)$q$,
+            -- The rows come as one JSON array, so max_rows or max_bytes has to keep them below 1 GB.
+            ('list_executions(job_id text, status text DEFAULT NULL, after text DEFAULT NULL,
+                              max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)', 'id text, execution json',
+             $q$on_shard(partition_of(job_id), 'list_executions', jsonb_build_object(
+                    'job_id', job_id, 'status', status, 'after', after, 'max_rows', max_rows,
+                    'max_bytes', max_bytes))$q$),
+            ($q$timeout_stuck_jobs(threshold interval DEFAULT '15 minutes', max_jobs int DEFAULT 100)$q$, NULL,
              $q$batch_on_shards('timeout_stuck_jobs', threshold, max_jobs)$q$),
-            ($q$repair_stuck_jobs(max_age interval DEFAULT '24 hours', max_jobs int DEFAULT 100)$q$,
+            ($q$repair_stuck_jobs(max_age interval DEFAULT '24 hours', max_jobs int DEFAULT 100)$q$, NULL,
              $q$batch_on_shards('repair_stuck_jobs', max_age, max_jobs)$q$)
-        ) AS f (signature, answer)
+        ) AS f (signature, columns, answer)
     LOOP
-        EXECUTE format('CREATE OR REPLACE FUNCTION %s RETURNS json LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-                        SET search_path FROM CURRENT AS %L',
-                       v_function.signature, format('BEGIN RETURN %s; END', v_function.answer));
+        EXECUTE v_statement;
     END LOOP;
 END;
 $do$;
-
-CREATE OR REPLACE FUNCTION emergency_stop_blockers(id text)
-RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text)
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN QUERY
-        SELECT b.*
-        FROM json_to_recordset(on_shard(partition_of(id), 'emergency_stop_blockers', jsonb_build_object('id', id)))
-            AS b (pid int, application_name text, database_user text, state text, transaction_seconds numeric,
-                  query text);
-END;
-$$;
-
--- list_executions(...): the rows come as one JSON array, so max_rows or max_bytes has to keep them below 1 GB.
-CREATE OR REPLACE FUNCTION list_executions(
-    job_id text, status text DEFAULT NULL, after text DEFAULT NULL,
-    max_rows bigint DEFAULT NULL, max_bytes bigint DEFAULT NULL)
-RETURNS TABLE (id text, execution json) LANGUAGE plpgsql VOLATILE SECURITY DEFINER
-SET search_path FROM CURRENT
-AS $$
-BEGIN
-    RETURN QUERY
-        SELECT e.id, e.execution
-        FROM json_to_recordset(on_shard(partition_of(job_id), 'list_executions', jsonb_build_object(
-            'job_id', job_id, 'status', status, 'after', after, 'max_rows', max_rows, 'max_bytes', max_bytes)))
-            AS e (id text, execution json);
-END;
-$$;
 
 -- emergency_stop_jobs(...): each shard stops its jobs in one transaction.
 -- Raises   connection_failure (08006) for a shard that is away, only after the others: their jobs are stopped
@@ -282,7 +265,6 @@ AS $$
 DECLARE
     v_arguments jsonb;
     v_answers   json;
-    v_away      text;
 BEGIN
     SELECT jsonb_object_agg(s.shard, s.arguments) INTO v_arguments
     FROM (
@@ -295,13 +277,9 @@ BEGIN
         JOIN partitions() p ON p.partition = partition_of(j.id)
         GROUP BY p.shard
     ) s;
-    SELECT json_object_agg(o.shard, o.answer), max(o.away) INTO v_answers, v_away
-    FROM on_shards('emergency_stop_jobs', v_arguments) o;
-    IF v_away IS NOT NULL THEN
-        RAISE connection_failure
-            USING SCHEMA = 'beacon_stop', MESSAGE = v_away,
-                  HINT = 'The jobs on the other shards are stopped. Try again.';
-    END IF;
+    SELECT json_object_agg(o.shard, o.answer) INTO v_answers
+    FROM on_shards('emergency_stop_jobs', v_arguments, NULL,
+                   'The jobs on the other shards are stopped. Try again.') o;
     RETURN QUERY
         SELECT j.id, v_answers -> p.shard::text -> (row_number() OVER (PARTITION BY p.shard ORDER BY j.number) - 1)::int
         FROM unnest(ids) WITH ORDINALITY AS j (id, number)
@@ -323,7 +301,7 @@ BEGIN
     SELECT array_agg(o.answer) FILTER (WHERE o.away IS NULL), max(o.away) INTO v_answers, v_away
     FROM on_shards('runaway_jobs', (
         SELECT jsonb_object_agg(p.shard, jsonb_build_object('minutes', minutes, 'max_jobs', max_jobs))
-        FROM partitions() p)) o;
+        FROM partitions() p), NULL, NULL) o;
     IF v_answers IS NULL THEN
         RAISE connection_failure USING SCHEMA = 'beacon_stop', MESSAGE = v_away;
     ELSIF v_away IS NOT NULL THEN
