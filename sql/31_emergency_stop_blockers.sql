@@ -170,9 +170,9 @@ CREATE OR REPLACE FUNCTION end_or_name_holders(
     id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT 0)
 RETURNS int LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
+SET client_min_messages = error  -- that a session to be ended has ended by itself is nothing to warn of
 AS $$
 DECLARE
-    v_messages  CONSTANT text := current_setting('client_min_messages');
     -- emergency_stop_jobs() passes a short patience; this setting then says how long a holder must have held the job.
     v_waited    CONSTANT interval :=
         COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
@@ -193,10 +193,8 @@ BEGIN
         SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query) s;
 
     IF force AND cardinality(v_held.pids) > 0 AND v_held.not_ended IS NULL THEN
-        PERFORM set_config('client_min_messages', 'error', true);  -- that one has ended meanwhile is nothing to warn of
         PERFORM pg_terminate_backend(p.pid) FROM unnest(v_held.pids) AS p (pid);
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_held.pids) AS p (pid);  -- waits for its end
-        PERFORM set_config('client_min_messages', v_messages, true);
         RETURN cardinality(v_held.pids);
     ELSIF v_held.holders IS NOT NULL THEN
         v_not_ended := CASE WHEN force THEN v_held.not_ended END;

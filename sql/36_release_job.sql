@@ -34,10 +34,8 @@ BEGIN
             RETURN json_build_object('error', 'job is not stopped', 'job_id', asked_id, 'status', v_job.status);
         END IF;
         EXIT WHEN v_look = 2;
-        IF NOT wait_for_barrier(v_barrier, deadline - clock_timestamp()) THEN
-            RAISE lock_not_available;
-        END IF;
-        PERFORM pg_advisory_xact_lock_shared(v_barrier);  -- by which emergency_stop_blockers knows us
+        -- Alone; and shared, by which emergency_stop_blockers knows us.
+        PERFORM pg_advisory_xact_lock(v_barrier), pg_advisory_xact_lock_shared(v_barrier);
         PERFORM wait_for_barrier(v_barrier # 1, '20ms');  -- who holds the row must not wait for the barrier
         PERFORM limit_lock_wait(deadline - clock_timestamp());
         LOCK TABLE jobs, emergency_stops IN ROW EXCLUSIVE MODE;

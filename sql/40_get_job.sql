@@ -11,18 +11,16 @@ SET row_security = off     -- an error rather than a job that is not found
 AS $$
 DECLARE
     v_format CONSTANT text := 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"';
-    v_answer json;
 BEGIN
-    SELECT json_build_object(
-        'job', json_build_object(
-            'id', get_job.id, 'status', j.status, 'metadata', j.metadata,
-            'created_at', to_char(j.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
-            'updated_at', to_char(j.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
-        'status', j.status)
-    INTO v_answer
-    FROM jobs j
-    WHERE j.id = to_job_id(get_job.id);
-    RETURN COALESCE(v_answer, json_build_object('error', 'job not found', 'job_id', get_job.id));
+    RETURN COALESCE((
+        SELECT json_build_object(
+            'job', json_build_object(
+                'id', get_job.id, 'status', j.status, 'metadata', j.metadata,
+                'created_at', to_char(j.created_at::timestamptz AT TIME ZONE 'UTC', v_format),
+                'updated_at', to_char(j.updated_at::timestamptz AT TIME ZONE 'UTC', v_format)),
+            'status', j.status)
+        FROM jobs j
+        WHERE j.id = to_job_id(get_job.id)), json_build_object('error', 'job not found', 'job_id', get_job.id));
 END;
 $$;
 REVOKE ALL ON FUNCTION get_job(text) FROM PUBLIC;
