@@ -43,8 +43,7 @@ BEGIN
             PERFORM set_config('lock_timeout', v_lock_timeout, true);
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             RAISE serialization_failure
-                USING MESSAGE = format('an emergency stop of job %s is under way',
-                                       quote_literal(admit_execution.job_id)),
+                USING MESSAGE = format('an emergency stop of job %L is under way', admit_execution.job_id),
                       HINT = 'Try the transaction again.';
         END;
     END IF;
@@ -64,8 +63,8 @@ BEGIN
             WHEN triggered_action_exception THEN
             WHEN lock_not_available THEN
                 RAISE serialization_failure
-                    USING MESSAGE = format('could not serialize access: job %s is being changed, '
-                                           'or is not in this snapshot', quote_literal(admit_execution.job_id)),
+                    USING MESSAGE = format('could not serialize access: job %L is being changed, '
+                                           'or is not in this snapshot', admit_execution.job_id),
                           HINT = 'Try the transaction again, or use READ COMMITTED.';
         END;
     ELSE
@@ -74,8 +73,7 @@ BEGIN
 
     IF v_status IN ('completed', 'failed', 'cancelled') THEN
         RAISE object_not_in_prerequisite_state
-            USING MESSAGE = format('job %s is %s: no execution of it may start',
-                                   quote_literal(admit_execution.job_id), v_status),
+            USING MESSAGE = format('job %L is %s: no execution of it may start', admit_execution.job_id, v_status),
                   HINT = 'A job that was emergency-stopped takes executions again after release_job, '
                          'another one after its status is set back.';
     END IF;
@@ -130,8 +128,8 @@ BEGIN
     IF OLD.status = 'failed' AND OLD.output @> '{"emergency_stop": true}'
        AND (NEW.status = 'failed' AND NEW.output @> '{"emergency_stop": true}') IS NOT TRUE THEN
         RAISE object_not_in_prerequisite_state
-            USING MESSAGE = format('execution %s of job %s was failed by an emergency stop and stays so',
-                                   OLD.id, quote_literal(OLD.job_id)),
+            USING MESSAGE = format('execution %s of job %L was failed by an emergency stop and stays so',
+                                   OLD.id, OLD.job_id),
                   HINT = 'Start a new execution after the job has been released with release_job.';
     END IF;
     RETURN NULL;
@@ -151,7 +149,7 @@ BEGIN
        AND (NEW.id = OLD.id AND NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}') IS NOT TRUE
        AND current_setting('beacon_stop.releasing', true) IS DISTINCT FROM OLD.id::text THEN
         RAISE object_not_in_prerequisite_state
-            USING MESSAGE = format('job %s is %s by an emergency stop and stays so', quote_literal(OLD.id), OLD.status),
+            USING MESSAGE = format('job %L is %s by an emergency stop and stays so', OLD.id, OLD.status),
                   HINT = 'To let it go on: SELECT release_job(id, reason, status).';
     END IF;
     RETURN NULL;
