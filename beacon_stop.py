@@ -53,7 +53,6 @@ from http.client import responses
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO, StringIO
 from itertools import chain
-from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
@@ -266,29 +265,18 @@ BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int, object_pair
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
-class LogQueue(SimpleQueue[Any]):
-    """Counts its lines. A queue.Queue counts too, but to put a line into it takes longer than to make the line."""
-
-    # Only the LogHandler changes `added`, under its lock. Only the LogWriter changes `written`.
-    added = written = 0
-
-    def task_done(self) -> None:
-        """The QueueListener has written a line."""
-        self.written += 1
-
-
-class LogHandler(QueueHandler):
+class LogHandler(logging.Handler):
     """Leaves each line to a thread of this process and waits for nobody: what finds the queue full is only counted."""
 
-    queue: LogQueue
-
     def __init__(self) -> None:
-        super().__init__(LogQueue())
+        super().__init__()
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        self.queue = LogQueue()
+        # An Event among the lines is set once those before it are written. To put a line into a queue.Queue, which
+        # counts what is written, takes longer than to make the line.
+        self.queue: SimpleQueue[str | threading.Event] = SimpleQueue()
         self.dropped, self.is_started = 0, False
         self.said: dict[str, float] = {}  # what libraries have logged, and when
 
@@ -298,7 +286,7 @@ class LogHandler(QueueHandler):
         self.said = {each: at for each, at in self.said.items() if now - at < 60}
         return hasattr(record, "fields") or self.said.setdefault(text, now) == now
 
-    def prepare(self, record: logging.LogRecord) -> str:
+    def format(self, record: logging.LogRecord) -> str:
         """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
         if hasattr(record, "fields"):
@@ -311,38 +299,38 @@ class LogHandler(QueueHandler):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
         return json.dumps(line | ({"lines_dropped": self.dropped} if self.dropped else {})) + "\n"
 
-    def enqueue(self, line: Any) -> None:
-        if self.queue.added - self.queue.written >= LOG_LINES:
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.queue.qsize() >= LOG_LINES:
             self.dropped += 1
         else:
-            self.queue.added += 1
-            self.queue.put(line)
+            self.queue.put(self.format(record))
             self.dropped = 0
         # The thread starts with the first line of each process, which it need not wait for then: not with the import,
         # and anew after a fork.
         if not self.is_started:
             self.is_started = True
-            LogWriter(self.queue).start()
+            threading.Thread(target=self.write_lines, name="beacon-stop log", daemon=True).start()
 
     def flush(self) -> None:
         """Wait until all is written, at most for a second; `logging` calls this at the end of the process."""
-        deadline = time.monotonic() + 1
-        while self.queue.written < self.queue.added and time.monotonic() < deadline:
-            time.sleep(0.002)
+        if self.is_started:
+            written = threading.Event()
+            self.queue.put(written)
+            written.wait(1)
 
+    def write_lines(self) -> None:
+        while True:
+            # Lines gather for a moment, because to wake this thread for each costs as much as a call.
+            if self.queue.empty():
+                time.sleep(LOG_PAUSE)
+            line = self.queue.get()
+            if isinstance(line, str):
+                self.write(line)
+            else:
+                line.set()
 
-class LogWriter(QueueListener):
-    """Writes the lines to stderr itself: a process that ends would wait for the lock of a logging.Handler."""
-
-    queue: LogQueue
-
-    def dequeue(self, block: bool) -> Any:
-        """The next line. Lines gather for a moment, because to wake this thread for each costs as much as a call."""
-        if self.queue.empty():
-            time.sleep(LOG_PAUSE)
-        return super().dequeue(block)
-
-    def handle(self, line: Any) -> None:
+    def write(self, line: str) -> None:
+        """Write a line to stderr, without a logging.Handler: a process that ends would wait for its lock."""
         with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
             try:
                 descriptor, data = sys.stderr.fileno(), line.encode()

@@ -579,7 +579,7 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service
 def test_what_was_dropped_from_the_log_is_counted(monkeypatch):
     handler, lines, go = beacon_stop.LogHandler(), [], threading.Event()
     monkeypatch.setattr(beacon_stop, "LOG_HANDLER", handler)
-    monkeypatch.setattr(beacon_stop.LogWriter, "handle", lambda self, record: (go.wait(10), lines.append(record)))
+    monkeypatch.setattr(beacon_stop.LogHandler, "write", lambda self, line: (go.wait(10), lines.append(line)))
     for number in range(beacon_stop.LOG_LINES + 100):
         handler.handle(logging.makeLogRecord({"msg": "x", "fields": {"number": number}}))
     dropped = handler.dropped
