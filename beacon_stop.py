@@ -224,24 +224,12 @@ def read_duration(environment: Mapping[str, str], name: str, default: str) -> fl
 # --- Answers and refusals ---------------------------------------------------------------------------------------------
 
 
-class Response(NamedTuple):
-    """What goes back: a whole body, or the parts of a streamed one."""
-
-    status: int
-    body: bytes | Iterator[bytes]
-    headers: Mapping[str, str] = {}
-
-
 class HTTPError(Exception):
-    """A refusal: `error` and `details` make its JSON body. Raised anywhere, rendered in one place."""
+    """A refusal: `error` and `details` make its JSON body. Raised anywhere, rendered in refuse()."""
 
     def __init__(self, status: int, error: str, headers: Mapping[str, str] | None = None, **details: Any) -> None:
         super().__init__(error)
         self.status, self.error, self.headers, self.details = status, error, headers or {}, details
-
-    def response(self) -> Response:
-        body = json.dumps({"error": self.error, **self.details}).encode() + b"\n"
-        return Response(self.status, body, self.headers)
 
 
 def bad(error: str) -> HTTPError:
@@ -640,17 +628,12 @@ class Application:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
         try:
-            response = self.dispatch(request)
+            status, body = self.dispatch(request)
         except Exception as error:
-            refusal = explain(error, request)
-            request.noted["outcome"] = refusal.error
-            response = refusal.response()
-        if request.event:
-            duration = round((time.monotonic() - request.started) * 1000, 3)
-            log_event(request.event, **request.noted, duration_ms=duration, status=response.status)
-        return respond(request, response, start_response)
+            return refuse(request, explain(error, request), start_response)
+        return respond(request, status, body, start_response)
 
-    def dispatch(self, request: Request) -> Response:
+    def dispatch(self, request: Request) -> tuple[int, Iterable[bytes]]:
         """Find the route, check the token, take from the rate limit, and let the route's method answer."""
         path = request.read_path()
         is_admin = path.startswith("/admin/")
@@ -672,7 +655,7 @@ class Application:
             self.reads.take(rate_key(client))
         answer = getattr(self, name)(request, *map(checked_text, ids))
         if isinstance(answer, chain):
-            return Response(200, answer)
+            return 200, answer
         # PostgreSQL's JSON goes out as it is. A reader's is not parsed: metadata may hold what Python does not take.
         summary = json.loads(answer) if is_admin or answer.startswith('{"error"') else {}
         if is_admin:
@@ -680,7 +663,7 @@ class Application:
             for key in ("executions_stopped", "sessions_ended"):
                 request.noted[key] = request.noted[key] or (0 if "dry_run" in summary else summary.get(key, 0))
         status = {None: 200, "job not found": 404}.get(summary.get("error"), 409)
-        return Response(status, answer.encode() + b"\n")
+        return status, [answer.encode() + b"\n"]
 
     # A route's method returns JSON text, the answer of a function of the database once its work is committed.
 
@@ -1067,15 +1050,24 @@ def read_holders(error: psycopg.Error) -> dict[str, Any] | None:
     return held if isinstance(held.get("blocked_by"), list) else None
 
 
-def respond(request: Request, response: Response, start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Begin the answer with the headers that every answer has, and return its body for the server to send."""
+def refuse(request: Request, error: HTTPError, start: Callable[..., Any]) -> Iterable[bytes]:
+    request.noted["outcome"] = error.error
+    body = json.dumps({"error": error.error, **error.details}).encode() + b"\n"
+    return respond(request, error.status, [body], start, error.headers)
+
+
+def respond(
+    request: Request, status: int, body: Iterable[bytes], start: Callable[..., Any], more: Mapping[str, str] = {}
+) -> Iterable[bytes]:
+    """Log an admin call, begin its answer with the headers of every answer, and return the body: a list if whole."""
+    if request.event:
+        duration = round((time.monotonic() - request.started) * 1000, 3)
+        log_event(request.event, **request.noted, duration_ms=duration, status=status)
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "X-Request-ID": request.request_id}
-    if isinstance(response.body, bytes):
-        headers["Content-Length"] = str(len(response.body))
-    start_response(f"{response.status} {responses[response.status]}", [*{**headers, **response.headers}.items()])
-    if request.method == "HEAD":
-        return []
-    return [response.body] if isinstance(response.body, bytes) else response.body
+    if isinstance(body, list):
+        headers["Content-Length"] = str(len(body[0]))
+    start(f"{status} {responses[status]}", [*{**headers, **more}.items()])
+    return [] if request.method == "HEAD" else body
 
 
 def create_app(environment: Mapping[str, str] | None = None, **settings: Any) -> Application:
@@ -1157,7 +1149,7 @@ class Answer(SimpleHandler):
         request = Request(environ)
         error = HTTPError(500, "internal error", request_id=request.request_id)
         # The application may have begun an answer, which only the exception at hand allows to replace.
-        return list(respond(request, error.response(), lambda *head: start_response(*head, sys.exc_info())))
+        return list(refuse(request, error, lambda *head: start_response(*head, sys.exc_info())))
 
 
 class Client(WSGIRequestHandler):
@@ -1192,8 +1184,8 @@ class Client(WSGIRequestHandler):
             environ = self.read_environ(head)
         except HTTPError as error:
             self.close_connection, self.body_left = True, math.inf
-            request, response = self.log_refusal(head, error), error.response()
-            environ, application = request.environ, lambda _, start: respond(request, response, start)
+            request, refusal = self.read_unreadable(head), error
+            environ, application = request.environ, lambda _, start: refuse(request, refusal, start)
         Answer(self, environ).run(application)
         if self.body_left:  # closing on unread bytes could destroy the answer
             self.connection.shutdown(socket.SHUT_WR)
@@ -1266,17 +1258,15 @@ class Client(WSGIRequestHandler):
             self.expect("working", math.inf)
         return data
 
-    def log_refusal(self, head: str, error: HTTPError) -> Request:
-        """Log a request that cannot be read, and return what is known of it."""
+    def read_unreadable(self, head: str) -> Request:
+        """What can be told of a request that cannot be read, for its line in the log."""
         given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
         request_id = {"HTTP_X_REQUEST_ID": given[1]} if given else {}
         known = {"REQUEST_METHOD": head.split(" ")[0], "REMOTE_ADDR": self.client_address[0], **request_id}
         request = Request({"SERVER_PROTOCOL": "HTTP/1.1", **known})
         path = re.sub(r"^\S* |[ ?].*", "", head, flags=re.DOTALL)
-        request.noted |= {"client": request.read_client(0), "outcome": error.error}
+        request.event, request.started, request.noted["client"] = "refused", self.began, request.read_client(0)
         request.noted["job_id"] = read_job_id(unquote_to_bytes(path.encode("latin-1")).decode("latin-1"))
-        duration = round((time.monotonic() - self.began) * 1000, 3)
-        log_event("refused", **request.noted, duration_ms=duration, status=error.status)
         return request
 
 
