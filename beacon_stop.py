@@ -90,27 +90,21 @@ CAN_GROUP = """
            AND NOT EXISTS (SELECT FROM pg_foreign_server WHERE srvname = 'beacon_stop')
 """
 
-# Path, method, and the Application's method that answers, which below /admin/ is also the event in the log.
-ROUTES = [
+# Path, method, and the Application's method that answers, which below /admin/ is also the event in the log. Then what
+# may stand in the query of an admin call.
+ROUTES: list[tuple[str, ...]] = [
     (r"/admin/jobs/(.*)/emergency-stop", "POST", "emergency_stop"),
     (r"/admin/jobs/(.*)/emergency-stop", "GET", "emergency_stop_status"),
     (r"/admin/jobs/(.*)/release", "POST", "release"),
     (r"/admin/emergency-stop", "POST", "emergency_stop_several"),
-    (r"/admin/runaways", "GET", "runaways"),
-    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs"),
-    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs"),
+    (r"/admin/runaways", "GET", "runaways", "minutes", "max_jobs"),
+    (r"/admin/timeout-stuck-jobs", "POST", "timeout_stuck_jobs", "threshold_minutes"),
+    (r"/admin/repair-stuck-jobs", "POST", "repair_stuck_jobs", "max_age_hours"),
     (r"/api/v1/jobs/(.*)", "GET", "get_job"),
     (r"/api/v1/executions", "GET", "list_executions"),
     (r"/health/live", "GET", "health_live"),
     (r"/health/ready", "GET", "health_ready"),
 ]
-
-# What may stand in the query of an admin call.
-PARAMETERS = {
-    "runaways": ["minutes", "max_jobs"],
-    "timeout_stuck_jobs": ["threshold_minutes"],
-    "repair_stuck_jobs": ["max_age_hours"],
-}
 SETTINGS = [
     "ADMIN_TOKEN", "DATABASE_URL", "BEACON_READ_DATABASE_URL", "BEACON_ADMIN_RATE", "BEACON_FAILED_RATE",
     "BEACON_READ_RATE", "BEACON_TRUSTED_PROXIES", "BEACON_LOCK_TIMEOUT", "BEACON_STATEMENT_TIMEOUT",
@@ -389,16 +383,14 @@ class BoundedConnection(psycopg.Connection[Any]):
         return super().wait(self._bounded(gen), *arguments, **options)
 
     def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        deadline = time.monotonic() + self.patience
+        deadline, ready = time.monotonic() + self.patience, None
         try:
-            wanted = next(gen)
             while True:
-                ready = yield wanted
+                ready = yield gen.send(ready)
                 if not ready and time.monotonic() >= deadline:
                     self.was_silent = True
                     self.close()
                     raise psycopg.OperationalError("the server does not answer")
-                wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
 
@@ -641,7 +633,7 @@ class Application:
         self.open()
         client = request.noted["client"] = request.read_client(self.settings.trusted_proxies)
         request.noted["job_id"] = read_job_id(path)  # for the log, whatever comes of it
-        name, ids = find_route(request.method, path)
+        name, parameters, ids = find_route(request.method, path)
         if is_admin:
             request.event = name
             token = request.environ.get("HTTP_X_ADMIN_TOKEN", "").encode("latin-1", "backslashreplace")
@@ -650,7 +642,7 @@ class Application:
             (self.admin_calls if request.has_token else self.failed_calls).take(rate_key(client))
             if not request.has_token:
                 raise HTTPError(403, "forbidden")
-            request.require_parameters(PARAMETERS.get(name, []))
+            request.require_parameters(parameters)
         elif path.startswith("/api/"):
             self.reads.take(rate_key(client))
         answer = getattr(self, name)(request, *map(checked_text, ids))
@@ -830,13 +822,14 @@ def read_job_id(path: str) -> str | None:
     return found[1].encode("latin-1").decode("utf-8", "replace")[:MAX_ID] if found else None
 
 
-def find_route(method: str, path: str) -> tuple[str, list[str]]:
-    """The name of the method that answers, and the ids in the path; raises HTTPError 404 or 405."""
+def find_route(method: str, path: str) -> tuple[str, list[str], list[str]]:
+    """The name of the method that answers, its parameters, and the ids in the path; raises HTTPError 404 or 405."""
     allowed: list[str] = []
-    for pattern, verb, name in ROUTES:
+    for pattern, verb, name, *parameters in ROUTES:
         if match := re.fullmatch(pattern, path, re.DOTALL):
             if verb == method.replace("HEAD", "GET"):
-                return name, [each.encode("latin-1").decode("utf-8", "surrogateescape") for each in match.groups()]
+                ids = [each.encode("latin-1").decode("utf-8", "surrogateescape") for each in match.groups()]
+                return name, parameters, ids
             allowed.append(verb)
     if allowed:
         raise HTTPError(405, "method not allowed", {"Allow": ", ".join(allowed).replace("GET", "GET, HEAD")})
