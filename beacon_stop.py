@@ -58,7 +58,7 @@ from queue import Empty, SimpleQueue
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
-from urllib.parse import parse_qs, unquote_to_bytes
+from urllib.parse import parse_qs, quote, unquote
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
 from wsgiref.simple_server import WSGIRequestHandler
@@ -859,8 +859,8 @@ class Request:
         """
         path: str = self.environ.get("PATH_INFO", "")
         target: str = self.environ.get("REQUEST_URI") or self.environ.get("RAW_URI") or ""
-        sent = unquote_to_bytes(re.sub("(?is)[?].*|^https?://[^/?]*", "", target).encode("latin-1", "replace"))
-        sent_path = sent.decode("latin-1").removeprefix(self.environ.get("SCRIPT_NAME", ""))
+        sent_path = unquote(re.sub("(?is)[?].*|^https?://[^/?]*", "", target), "latin-1")
+        sent_path = sent_path.removeprefix(self.environ.get("SCRIPT_NAME", ""))
         if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
             return path
         tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
@@ -876,13 +876,9 @@ class Request:
 
     def read_query(self) -> dict[str, list[str]]:
         """The parameters, each with all its values; raises HTTPError 400 for what is not UTF-8."""
-        text = self.environ.get("QUERY_STRING", "")
         try:  # bytes that were not percent-encoded arrive as Latin-1 characters
-            query = parse_qs(text, keep_blank_values=True, encoding="latin-1", max_num_fields=100)
-            return {
-                name.encode("latin-1").decode(): [each.encode("latin-1").decode() for each in values]
-                for name, values in query.items()
-            }
+            text = quote(self.environ.get("QUERY_STRING", ""), safe="%&=+", encoding="latin-1")
+            return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=100)
         except ValueError:
             raise bad("query cannot be read: expected up to 100 parameters in UTF-8") from None
 
@@ -1153,9 +1149,7 @@ class Client(WSGIRequestHandler):
     wbufsize = 64 * 1024
     disable_nagle_algorithm = True
     is_pipelined = False  # whether a request has come ahead of the last answer
-
-    def handle(self) -> None:
-        BaseHTTPRequestHandler.handle(self)  # request after request
+    handle = BaseHTTPRequestHandler.handle  # request after request
 
     def expect(self, phase: str, seconds: float) -> None:
         """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
@@ -1259,7 +1253,7 @@ class Client(WSGIRequestHandler):
         request = Request({"SERVER_PROTOCOL": "HTTP/1.1", **known})
         path = re.sub(r"^\S* |[ ?].*", "", head, flags=re.DOTALL)
         request.event, request.started, request.noted["client"] = "refused", self.began, request.read_client(0)
-        request.noted["job_id"] = read_job_id(unquote_to_bytes(path.encode("latin-1")).decode("latin-1"))
+        request.noted["job_id"] = read_job_id(unquote(path, "latin-1"))
         return request
 
 
