@@ -32,7 +32,6 @@ import json
 import logging
 import math
 import os
-import posixpath
 import random
 import re
 import resource
@@ -50,12 +49,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from contextlib import contextmanager, suppress
 from http.client import responses
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, StringIO
 from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from socketserver import BaseServer, TCPServer, ThreadingMixIn
+from socketserver import BaseServer
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, quote, unquote
@@ -807,7 +806,7 @@ class Application:
             sentences = [sentence for (sentence,) in self.health_pool.fetch(FAULTS, timeout=2.0)]
         except (psycopg.Error, HTTPError) as error:
             fault = explain(error, request).error
-            if isinstance(error, (errors.UndefinedFunction, errors.InsufficientPrivilege)):
+            if isinstance(error, NOT_READY):
                 fault = f"{error.diag.message_primary}: run beacon-stop init-db"
             raise unavailable(fault, faults=[fault]) from None
         if faults := [sentence for sentence in sentences if not sentence.startswith("warning: ")]:
@@ -863,7 +862,7 @@ class Request:
         sent_path = sent_path.removeprefix(self.environ.get("SCRIPT_NAME", ""))
         if sent_path == path or sent_path.split("/")[:2] != path.split("/")[:2]:
             return path
-        tidy, sent_tidy = (posixpath.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
+        tidy, sent_tidy = (os.path.normpath(re.sub("%2F", "/", each, flags=re.I)) for each in (path, sent_path))
         return sent_path if tidy == sent_tidy else path
 
     def read_client(self, trusted_proxies: int) -> str:
@@ -1163,8 +1162,7 @@ class Client(WSGIRequestHandler):
 
     def handle_one_request(self) -> None:
         self.close_connection, self.expects_continue, self.body_left = True, False, 0.0
-        head = self.read_head()
-        if not head:
+        if not (head := self.read_head()):
             return
         application = self.server.application
         try:
@@ -1257,10 +1255,9 @@ class Client(WSGIRequestHandler):
         return request
 
 
-class Server(ThreadingMixIn, TCPServer):
+class Server(ThreadingHTTPServer):
     """The standard library's threaded server with bounds: on connections, on the time of a request and of an answer."""
 
-    daemon_threads = True
     is_stopping = False
 
     def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
@@ -1289,7 +1286,7 @@ class Server(ThreadingMixIn, TCPServer):
         self.timeout = poll_interval
         while not self.is_stopping:
             self.handle_request()
-            self.shut_late(time.monotonic())
+            self.shut_late()
         until = time.monotonic() + 1
         # To close the listening socket would cut off the clients that are connected but not accepted yet.
         while select.select([self.socket], [], [], poll_interval)[0] and time.monotonic() < until:
@@ -1297,13 +1294,13 @@ class Server(ThreadingMixIn, TCPServer):
         self.server_close()
         closed = time.monotonic()
         while self.connections:
-            self.shut_late(time.monotonic(), closed)
+            self.shut_late(closed)
             time.sleep(0.02)
 
-    def shut_late(self, now: float, closed: float = math.inf) -> None:
+    def shut_late(self, closed: float = math.inf) -> None:
         """End the waiting for those whose time is up: their threads read the end, or cannot write any more."""
         for connection, (phase, deadline) in self.connections.copy().items():
-            if phase != "working" and min(deadline, closed + PATIENCE[phase]) <= now:
+            if min(deadline, closed + PATIENCE[phase]) <= time.monotonic():
                 self.shut(connection, phase)
 
     def shut(self, connection: socket.socket, phase: str) -> None:
