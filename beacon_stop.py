@@ -1130,8 +1130,7 @@ class Answer(SimpleHandler):
 
     def log_exception(self, exc_info: Any) -> None:
         self.client.close_connection = True
-        if not issubclass(exc_info[0], OSError):  # the client went away
-            log_event("error", traceback="".join(traceback.format_exception(*exc_info)))
+        self.client.server.handle_error(self.client.connection, self.client.client_address)
 
     def error_output(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         request = Request(environ)
@@ -1246,9 +1245,8 @@ class Client(WSGIRequestHandler):
     def read_unreadable(self, head: str) -> Request:
         """What can be told of a request that cannot be read, for its line in the log."""
         given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
-        request_id = {"HTTP_X_REQUEST_ID": given[1]} if given else {}
-        known = {"REQUEST_METHOD": head.split(" ")[0], "REMOTE_ADDR": self.client_address[0], **request_id}
-        request = Request({"SERVER_PROTOCOL": "HTTP/1.1", **known})
+        known = {"REQUEST_METHOD": head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1] if given else ""}
+        request = Request({"SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": self.client_address[0], **known})
         path = re.sub(r"^\S* |[ ?].*", "", head, flags=re.DOTALL)
         request.event, request.started, request.noted["client"] = "refused", self.began, request.read_client(0)
         request.noted["job_id"] = read_job_id(unquote(path, "latin-1"))
