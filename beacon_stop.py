@@ -528,7 +528,7 @@ class GroupedStops:
 
     def __init__(self, pool: Pool) -> None:
         self.pool, self.can_group = pool, False
-        self.queue: SimpleQueue[GroupMember | None] = SimpleQueue()  # None ends the thread
+        self.queue: SimpleQueue[GroupMember | None] = SimpleQueue()  # None wakes the thread once the pool is closed
         threading.Thread(target=self.run, name="beacon-stop group", daemon=True).start()
 
     def stop(self, job_id: str, reason: str | None, caller: str) -> str | None:
@@ -548,7 +548,7 @@ class GroupedStops:
             try:
                 is_allowed = self.pool.fetch(CAN_GROUP) == [(True,)]
                 self.can_group = is_allowed and not self.pool.is_pooled
-                while self.can_group and (first := self.queue.get()):
+                while self.can_group and not self.pool.closed and (first := self.queue.get()):
                     self.stop_group(first)
                 return
             except Exception as error:  # each stop of the group now goes by itself, and meets the error if it stays
@@ -570,8 +570,6 @@ class GroupedStops:
         finally:
             for each in members:
                 each.answers.put(answers.get(each.job_id))
-            if None in others:
-                self.queue.put(None)
 
 
 # --- The application --------------------------------------------------------------------------------------------------
@@ -612,9 +610,9 @@ class Application:
         with self._lock:
             if self._is_open:
                 self._is_open = False
-                self.group.queue.put(None)
                 for pool in (self.admin_pool, self.health_pool, self.read_pool, self.group.pool):
                     pool.close()
+                self.group.queue.put(None)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = Request(environ)
