@@ -56,7 +56,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from socketserver import BaseServer
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 from wsgiref.handlers import SimpleHandler
 from wsgiref.headers import Headers
@@ -157,8 +157,7 @@ class Settings:
         self.trusted_proxies = read_number(environment, "BEACON_TRUSTED_PROXIES", 0, 0, 100)
         self.statement_timeout = read_duration(environment, "BEACON_STATEMENT_TIMEOUT", "60s")
         # With force a stop waits twice, and then works.
-        lock_timeout = read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s")
-        self.lock_timeout = min(lock_timeout, 0.4 * self.statement_timeout)
+        self.lock_timeout = min(read_duration(environment, "BEACON_LOCK_TIMEOUT", "2s"), 0.4 * self.statement_timeout)
         self.admin_pool = read_number(environment, "BEACON_ADMIN_POOL", 4, 1, 1_000)
         self.read_pool = read_number(environment, "BEACON_READ_POOL", 4, 1, 1_000)
 
@@ -393,7 +392,7 @@ class BoundedConnection(psycopg.Connection[Any]):
         except StopIteration as end:
             return end.value
 
-    def fetch(self, query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def fetch(self, query: str, values: tuple[Any, ...]) -> list[Any]:
         cursor = self.only_cursor.execute(self.preamble + query, values)
         while cursor.nextset():
             pass
@@ -437,7 +436,7 @@ class Pool(ConnectionPool[BoundedConnection]):
 
     def set_up(self, connection: BoundedConnection) -> None:
         connection.add_notice_handler(log_warning)
-        (pid,) = cast(tuple[int], connection.execute("SELECT pg_backend_pid()", prepare=False).fetchone())
+        pid = connection.execute("SELECT pg_backend_pid()", prepare=False).fetchall()[0][0]
         self.has_connected, self.is_away = True, False
         self.is_pooled = pid != connection.info.backend_pid  # poolers make one up
         scope, isolation = ("LOCAL", "") if self.is_pooled else ("SESSION", "SESSION CHARACTERISTICS AS ")
@@ -458,40 +457,39 @@ class Pool(ConnectionPool[BoundedConnection]):
         answer: str = self.fetch(query, *values)[0][0]
         return answer
 
-    def fetch(self, query: str, *values: Any, timeout: float | None = None) -> list[tuple[Any, ...]]:
+    def fetch(self, query: str, *values: Any, timeout: float | None = None, again: bool = False) -> list[Any]:
         """Run one statement, a transaction of its own, and return its rows once it is committed.
 
         A connection that turns out to be lost is replaced and the statement run once more: all are idempotent.
         Raises psycopg.Error, and HTTPError 503 where no connection is to be had.
         """
-        for is_last in (False, True):
+        try:
+            connection = self.getconn(AWAY_TIMEOUT if self.is_away else timeout)
+        except PoolTimeout:
+            is_away = self.is_away or not self.has_connected
+            raise unavailable("database unavailable" if is_away else "all database connections are busy") from None
+        try:
+            connection.patience = self.statement_timeout + SILENCE
             try:
-                connection = self.getconn(AWAY_TIMEOUT if self.is_away else timeout)
-            except PoolTimeout:
-                is_away = self.is_away or not self.has_connected
-                raise unavailable("database unavailable" if is_away else "all database connections are busy") from None
-            try:
-                connection.patience = self.statement_timeout + SILENCE
-                try:
-                    return connection.fetch(query, values)
-                except psycopg.Error as error:
-                    if connection.closed or not is_lost(error):
-                        raise
-                    return connection.fetch(query, values)  # PL/Proxy has lost a shard's session
+                return connection.fetch(query, values)
             except psycopg.Error as error:
-                if isinstance(error, errors.ReadOnlySqlTransaction):
-                    connection.close()  # it has become a standby: the next connection may find another server
-                if is_last or not connection.closed:
+                if connection.closed or not is_lost(error):
                     raise
-            finally:
-                connection.patience = SILENCE
-                self.putconn(connection)
-            if connection.was_silent:
-                self.is_away = True
-                self.drain()  # those beside it would be found silent one after the other
-            else:
-                self.check()  # what ended this connection has most likely ended the idle ones beside it
-        raise AssertionError("unreachable")
+                return connection.fetch(query, values)  # PL/Proxy has lost a shard's session
+        except psycopg.Error as error:
+            if isinstance(error, errors.ReadOnlySqlTransaction):
+                connection.close()  # it has become a standby: the next connection may find another server
+            if again or not connection.closed:
+                raise
+        finally:
+            connection.patience = SILENCE
+            self.putconn(connection)
+        if connection.was_silent:
+            self.is_away = True
+            self.drain()  # those beside it would be found silent one after the other
+        else:
+            self.check()  # what ended this connection has most likely ended the idle ones beside it
+        return self.fetch(query, *values, timeout=timeout, again=True)
 
 
 def is_lost(error: psycopg.Error) -> bool:
@@ -866,8 +864,8 @@ class Request:
     def read_client(self, trusted_proxies: int) -> str:
         """The caller's address; behind trusted proxies the one that they vouch for."""
         address = self.environ.get("REMOTE_ADDR") or ""
-        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",") if trusted_proxies else []
-        if hops and len(hops) >= trusted_proxies:
+        hops = self.environ.get("HTTP_X_FORWARDED_FOR", "").split(",")
+        if 0 < trusted_proxies <= len(hops):
             address = read_address(hops[-trusted_proxies].strip()) or address
         return read_address(address) or address
 
@@ -1101,9 +1099,9 @@ class Answer(SimpleHandler):
     headers: Headers
     headers_sent: bool
 
-    def __init__(self, client: Client, environ: dict[str, Any]) -> None:
-        super().__init__(cast(Any, client), cast(Any, client.wfile), sys.stderr or StringIO(), environ)
-        self.client = client
+    def __init__(self, client: Any, environ: dict[str, Any]) -> None:
+        super().__init__(client, client.wfile, sys.stderr or StringIO(), environ)
+        self.client: Client = client
 
     def cleanup_headers(self) -> None:
         super().cleanup_headers()
@@ -1201,7 +1199,7 @@ class Client(WSGIRequestHandler):
         first, _, lines = head.partition("\r\n")
         connection, self.rfile = self.rfile, BytesIO(lines.encode("latin-1"))
         # parse_request() takes some characters beyond ASCII for white space.
-        self.raw_requestline = re.sub("[\x80-\xff]", "?", first).encode()
+        self.raw_requestline = first.encode("ascii", "replace")
         self.parse_request()
         self.rfile, self.path = connection, match["target"]
         for name in [name for name in self.headers if "_" in name]:
@@ -1495,13 +1493,11 @@ def main(arguments: list[str] | None = None) -> int:
             number = read_number({"PORT": options.port}, "PORT", 8080, 0, 65_535)
             (demo if options.demo else serve)(os.environ, options.host, number)
         return 0
-    except ConfigurationError as error:
+    except (ConfigurationError, OSError) as error:
         problem = str(error)
     except psycopg.Error as error:
         said = (error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint)
         problem = "the database refused: " + "\n".join(filter(None, said))
-    except OSError as error:
-        problem = str(error)
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 
