@@ -52,6 +52,7 @@ from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, StringIO
 from itertools import chain
+from logging.handlers import QueueHandler
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from socketserver import BaseServer
@@ -245,11 +246,11 @@ BODY_DECODER = json.JSONDecoder(parse_int=float, parse_constant=int, object_pair
 # --- The log ----------------------------------------------------------------------------------------------------------
 
 
-class LogHandler(logging.Handler):
+class LogHandler(QueueHandler):
     """Leaves each line to a thread of this process and waits for nobody: what finds the queue full is only counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(SimpleQueue())
         self.forget()
         os.register_at_fork(after_in_child=self.forget)
 
@@ -266,7 +267,7 @@ class LogHandler(logging.Handler):
         self.said = {each: at for each, at in self.said.items() if now - at < 60}
         return hasattr(record, "fields") or self.said.setdefault(text, now) == now
 
-    def format(self, record: logging.LogRecord) -> str:
+    def prepare(self, record: logging.LogRecord) -> str:
         """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
         if hasattr(record, "fields"):
@@ -279,11 +280,11 @@ class LogHandler(logging.Handler):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
         return json.dumps(line | ({"lines_dropped": self.dropped} if self.dropped else {})) + "\n"
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def enqueue(self, line: Any) -> None:
         if self.queue.qsize() >= LOG_LINES:
             self.dropped += 1
         else:
-            self.queue.put(self.format(record))
+            self.queue.put(line)
             self.dropped = 0
         # The thread starts with the first line of each process, which it need not wait for then: not with the import,
         # and anew after a fork.
@@ -978,7 +979,7 @@ def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int 
 
 
 def explain(error: Exception, request: Request) -> HTTPError:
-    """What a caller is told of any error. A bug, or a refusal of the database's, is logged in full."""
+    """What a caller is told of the error at hand. A bug, or a refusal of the database's, is logged in full."""
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, ConfigurationError):
@@ -1018,7 +1019,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return unavailable("tables are locked", **told)
         if is_call and isinstance(error, NOT_READY):
             return unavailable("database is not ready for this version: see /health/ready", **told)
-    log_event("error", request_id=request.request_id, **told, traceback="".join(traceback.format_exception(error)))
+    log_event("error", request_id=request.request_id, **told, traceback=traceback.format_exc())
     return HTTPError(500, "internal error", request_id=request.request_id, **told)
 
 
@@ -1157,9 +1158,8 @@ class Client(WSGIRequestHandler):
         self.close_connection, self.expects_continue, self.body_left = True, False, 0.0
         if not (head := self.read_head()):
             return
-        application = self.server.application
         try:
-            environ = self.read_environ(head)
+            environ, application = self.read_environ(head), self.server.application
         except HTTPError as error:
             self.close_connection, self.body_left = True, math.inf
             request, refusal = self.read_unreadable(head), error
