@@ -576,6 +576,17 @@ def test_a_log_that_nobody_reads_holds_up_no_answer_and_no_end(make_job, service
     assert all(json.loads(line)["event"] in ("serving", "emergency_stop") for line in lines[:-1])
 
 
+def test_the_first_line_of_a_process_does_not_wait_for_others_to_gather():
+    """A server that ends at once on SIGTERM, as waitress does, lost the line of a stop that it had answered before."""
+    program = "import beacon_stop; beacon_stop.LOG_PAUSE = 3600; beacon_stop.log_event('first'); input()"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert json.loads(process.stderr.readline())["event"] == "first"
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_what_was_dropped_from_the_log_is_counted(monkeypatch):
     handler, lines, go = beacon_stop.LogHandler(), [], threading.Event()
     monkeypatch.setattr(beacon_stop, "LOG_HANDLER", handler)
