@@ -376,6 +376,7 @@ def test_a_stop_that_has_ended_sessions_in_vain_says_so(make_app, capsys, db, co
 def test_that_sessions_were_ended_for_a_job_that_had_ended_by_itself_is_recorded(db, make_job, hold, service):
     job_id = make_job(status="completed", completed=1)
     holder = hold("UPDATE jobs SET updated_at = now() WHERE id = %s", job_id)
+    service.execute("SET lock_timeout = '200ms'")
 
     answer = service.execute("SELECT emergency_stop_job(%s, force => true, reason => 'why')", (job_id,)).fetchone()[0]
     assert (answer["action"], answer["sessions_ended"], is_alive(holder)) == ("none", 1, False)
