@@ -6,7 +6,7 @@
 -- It reads the catalogs only, no rows of the tables, but for a table of states.
 
 -- function_faults(caller, owner): functions that are missing, are not those that were installed, or that may not be
--- executed: those that the service calls by the caller, all of them by their owner.
+-- executed: those that the service calls by the caller, all of them by their owner. And columns that break one.
 CREATE OR REPLACE FUNCTION function_faults(caller name, owner name)
 RETURNS SETOF text LANGUAGE plpgsql STABLE
 SET search_path FROM CURRENT
@@ -40,6 +40,14 @@ BEGIN
             END) AS f (fault)
         WHERE f.fault IS NOT NULL
         ORDER BY i.signature;
+    RETURN QUERY
+        -- PostgreSQL refuses a query in which a name can be that of a column and of a variable.
+        SELECT DISTINCT format('column %s.%s has the name of a variable of these functions: expected another name',
+                               a.attrelid::regclass, a.attname)
+        FROM pg_attribute a
+        JOIN jsonb_object_keys(installed_functions()) AS i (signature) ON a.attname ~ '^v_[a-z_]+$'
+        JOIN pg_proc p ON p.oid = to_regprocedure(i.signature) AND p.prosrc ~ ('\m' || a.attname || '\M')
+        WHERE a.attrelid IN (to_regclass('jobs'), to_regclass('executions'));
 END;
 $$;
 

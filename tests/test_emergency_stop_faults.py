@@ -558,6 +558,13 @@ def test_a_table_that_a_crash_would_empty_is_warned_of(db, faults):
     assert faults() == ["warning: table executions is unlogged: a crash of the server empties it"]
 
 
+def test_a_column_with_the_name_of_a_variable_is_named(db, faults):
+    """Every stop would fail, with "column reference v_id is ambiguous"."""
+    db.execute("ALTER TABLE jobs ADD v_id int, ADD v_version int")
+
+    assert faults() == ["column jobs.v_id has the name of a variable of these functions: expected another name"]
+
+
 def test_a_foreign_key_of_several_columns_leads_to_jobs_too(db, faults):
     db.execute("""
         ALTER TABLE jobs ADD COLUMN tenant int NOT NULL DEFAULT 1, ADD UNIQUE (tenant, id);

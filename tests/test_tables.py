@@ -361,6 +361,10 @@ REFUSED = {
         "CREATE TABLE executions (id bigint, job_id text, status text) PARTITION BY HASH (job_id)",
         "executions is not an ordinary table: expected one without partitions or children",
     ),
+    "a column with the name of a variable": (
+        "CREATE TABLE executions (id bigint, job_id text, status text, v_version int, v_barrier text)",
+        "column executions.v_barrier has the name of a variable of these functions: expected another name",
+    ),
     "children": (
         "CREATE TABLE jobs (id text PRIMARY KEY, status text); CREATE TABLE more () INHERITS (jobs)",
         "jobs is not an ordinary table: expected one without partitions or children",
