@@ -964,6 +964,19 @@ def test_a_job_that_is_just_being_set_back_is_waited_for_and_stopped(connect, db
     assert stop.result["previous_status"] == "pending"
 
 
+def test_a_job_that_is_just_being_set_back_while_others_share_its_row_is_waited_for_and_stopped(connect, db, make_job, service):
+    """The row then bears the number of the group that shares it, in place of the transaction's."""
+    job_id = make_job(status="completed", completed=1)
+    sharer, worker = connect(autocommit=False), connect(autocommit=False)
+    sharer.execute("SELECT FROM jobs FOR KEY SHARE")
+    worker.execute("UPDATE jobs SET status = 'pending' WHERE id = %s", (job_id,))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job(%s)", (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert stop.result["previous_status"] == "pending"
+
+
 def test_a_job_that_is_just_being_released_is_waited_for_and_stopped_again(connect, db, make_job, service, stop):
     job_id = make_job(running=1)
     stop(job_id)
