@@ -692,8 +692,10 @@ class Application:
 
     def release(self, request: Request, job_id: str) -> str:
         body = request.read_body("reason", "status", "actor")
-        # If there is none, the database says so, as of the reason.
-        status = checked_text(body["status"] or "", "status", MAX_STATUS, low=0)
+        for name in ("reason", "status"):
+            if not body[name]:
+                raise bad(f"{name} is missing: expected text that is not empty")
+        status = checked_text(body["status"], "status", MAX_STATUS)
         request.has_values = True
         return self.admin_pool.ask(RELEASE_JOB, job_id, body["reason"], status, request.caller())
 
