@@ -45,10 +45,11 @@ BEGIN
                 EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', v_table);
                 v_waited := clock_timestamp() - v_attempt;
                 PERFORM limit_lock_wait(CASE
-                    WHEN v_attempt > v_began + v_patience / 2 AND v_waited < 0.6 * v_check THEN 1.5 * v_check
+                    WHEN v_attempt > v_began + v_patience / 2 AND v_waited < 0.6 * v_check
+                         AND clock_timestamp() + 1.5 * v_check < v_began + v_patience THEN 1.5 * v_check
                     -- Mostly a few milliseconds, and sometimes as long as one may hold up workers of both kinds. A
                     -- worker who waits for longer than v_check would get 40P01.
-                    ELSE greatest(least(0.3 * v_check * random() ^ 4, 0.9 * v_check - v_waited), '1ms') END);
+                    ELSE greatest(least(interval '300ms' * random() ^ 4, 0.9 * v_check - v_waited), '1ms') END);
             END LOOP;
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN

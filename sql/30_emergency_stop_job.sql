@@ -21,8 +21,7 @@
 -- Locks    the job's barrier, alone; then its active executions and its row, FOR NO KEY UPDATE, in the order that
 --          works; where sessions share the lock of a row, its table, EXCLUSIVE; all until the transaction ends. With
 --          nothing to stop or to record it locks nothing. With force it ends the sessions that have held the job for
---          lock_timeout, and then waits for as long once more, but at least 1 s. Then it ends those that by then have
---          held the job for lock_timeout, and waits for 0.1 s.
+--          lock_timeout, and then waits for as long once more, but at least 1 s.
 --
 -- The cost of a stop is mostly that of plpgsql's own: each function that is called, each statement and each expression
 -- is made ready anew in each transaction. So the way of a stop that meets nobody has few of them.
@@ -293,8 +292,8 @@ DECLARE
 BEGIN
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
-    -- shows in xmax. Nobody was admitted to a job with a mark, and only a release, which is alone at the barrier, can set
-    -- it back. The barrier is given back at once, because a lock that outlives the call costs more.
+    -- shows in xmax; a job with a mark is set back only by a release, which holds the barrier. The barrier is given back
+    -- at once, because a lock that outlives the call costs more.
     LOOP
         SELECT j.status, j.xmax, j.metadata @> '{"emergency_stop": true}'
         INTO v_status, v_xmax, v_is_marked
@@ -303,10 +302,17 @@ BEGIN
         IF NOT FOUND THEN
             RETURN NULL;
         END IF;
-        IF NOT (CASE WHEN v_is_marked
-                     THEN pg_try_advisory_lock_shared(barrier) AND pg_advisory_unlock_shared(barrier)
-                     ELSE pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier) END) THEN
-            RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+        IF NOT (pg_try_advisory_lock(barrier) AND pg_advisory_unlock(barrier)) THEN
+            -- A mark that the last stop has left, and no release has taken: nobody was admitted since. Then those who
+            -- share the barrier insert executions that have ended. A release does not share it.
+            PERFORM
+            FROM jobs j, LATERAL (SELECT s.action, s.stopped_at FROM emergency_stops s
+                                  WHERE s.job_id = answer_if_ended.id ORDER BY s.id DESC LIMIT 1) AS r
+            WHERE j.id = v_id AND v_is_marked AND r.action = 'stop'
+              AND j.metadata ->> 'stopped_at' = utc_seconds(r.stopped_at);
+            IF NOT FOUND OR NOT (pg_try_advisory_lock_shared(barrier) AND pg_advisory_unlock_shared(barrier)) THEN
+                RAISE lock_not_available USING MESSAGE = 'others hold the barrier';
+            END IF;
         END IF;
         EXIT WHEN v_is_marked;
         IF (v_status = 'failed' OR answer_if_ended.sessions_ended > 0)
@@ -444,9 +450,9 @@ DECLARE
     v_began        timestamptz;
     v_wait         interval := '5ms';
     v_attempt      int := 1;
-    v_terminated   int := 0;  -- how many sessions force has ended, and how often
-    v_rounds       int := 0;
+    v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
     v_gone         int;
+    v_is_last      boolean := false;  -- whether this is the last attempt
     v_problem      text;
     v_context      text;
     v_answer       json;
@@ -455,8 +461,8 @@ BEGIN
         v_began := clock_timestamp();
         BEGIN
             v_answer := COALESCE(
-                answer_if_ended(id, asked_id, v_terminated, barrier),
-                attempt_stop(id, asked_id, reason, v_terminated, caller, barrier, v_wait, v_attempt));
+                answer_if_ended(id, asked_id, COALESCE(v_terminated, 0), barrier),
+                attempt_stop(id, asked_id, reason, COALESCE(v_terminated, 0), caller, barrier, v_wait, v_attempt));
             EXIT;
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             -- All locks of the attempt are given back, which dissolves a deadlock with workers.
@@ -473,15 +479,14 @@ BEGIN
         CONTINUE WHEN v_barred AND v_wait > '0';
 
         v_gone := end_or_name_holders(
-            asked_id, v_patience, force AND v_rounds < 2,
-            -- fail_job() comes when all rows are locked. So what it waited for is something else, such as a trigger's.
-            CASE WHEN v_gone = 0 AND v_context LIKE '%fail_job(%' THEN v_problem WHEN v_gone = 0 THEN '' END,
-            v_terminated);
-        -- After the first ones others may have come to hold it. If nobody holds it any more: one last try.
-        v_deadline := clock_timestamp() + CASE WHEN v_gone > 0 AND v_rounds = 0 THEN greatest(v_patience, '1s')
-                                               ELSE '100ms' END;
-        v_terminated := v_terminated + v_gone;
-        v_rounds := v_rounds + (v_gone > 0)::int;
+            asked_id, v_patience, force AND v_terminated IS NULL, CASE
+                WHEN NOT v_is_last THEN NULL
+                -- All rows were locked by then. So it has waited for something else, such as what a trigger waits for.
+                WHEN v_context LIKE ANY ('{%fail_job(%,%INSERT INTO emergency_stops%}') THEN v_problem
+                ELSE '' END, v_terminated);
+        v_is_last := v_gone IS NULL;  -- nobody holds it any more
+        v_terminated := COALESCE(v_gone, v_terminated);
+        v_deadline := clock_timestamp() + CASE WHEN v_is_last THEN '100ms' ELSE greatest(v_patience, '1s') END;
         v_wait := '20ms';
     END LOOP;
     PERFORM set_config('lock_timeout', v_lock_timeout, true);

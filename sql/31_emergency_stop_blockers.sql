@@ -162,12 +162,13 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'transaction_seconds, query. Waits for nothing; locks for a moment rows of the job that others seem to hold.';
 
 -- end_or_name_holders(id, patience, force, problem, sessions_ended): what is left to do once a stop has waited for that
--- long. With force it ends those who have held the job for that long, and returns how many they were. Without, it raises
--- 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before. Where nobody holds
--- the job any more, it returns 0; or, if a problem is given, it raises 55P03. The problem is the message of an error that
--- was met although nobody else had a lock of the job's, or is empty. Only for such an error there is no DETAIL.
+-- long. With force it ends those who have held the job for that long, and returns how many have ended. Without, it raises
+-- 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before, NULL if force was not
+-- used yet. Where nobody holds the job any more, it returns NULL; or, if a problem is given, it raises 55P03. The problem
+-- is the message of an error that was met although nobody else had a lock of the job's, or is empty. Only for such an
+-- error there is no DETAIL.
 CREATE OR REPLACE FUNCTION end_or_name_holders(
-    id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT 0)
+    id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT NULL)
 RETURNS int LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 SET client_min_messages = error  -- that a session to be ended has ended by itself is nothing to warn of
@@ -195,36 +196,40 @@ BEGIN
     IF force AND cardinality(v_held.pids) > 0 AND v_held.not_ended IS NULL THEN
         PERFORM pg_terminate_backend(p.pid) FROM unnest(v_held.pids) AS p (pid);
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_held.pids) AS p (pid);  -- waits for its end
-        RETURN cardinality(v_held.pids);
+        PERFORM pg_stat_clear_snapshot();
+        RETURN (SELECT count(*) FROM unnest(v_held.pids) AS p (pid)
+                WHERE p.pid NOT IN (SELECT a.pid FROM pg_stat_activity a));
     ELSIF v_held.holders IS NOT NULL THEN
         v_not_ended := CASE WHEN force THEN v_held.not_ended END;
         v_hint := format('Others have held it for %s. ', patience) || CASE
-            WHEN sessions_ended > 0 THEN 'They came to hold it after those that were ended: send the call again.'
+            WHEN sessions_ended IS NOT NULL THEN 'Those that held it before were told to end. These have not ended '
+                                                 'yet, or came after them: send the call again.'
             WHEN cardinality(v_held.pids) = 0 THEN
                 'None of them has held it for that long, so even force => true ends none. Ask again.'
             WHEN v_held.not_ended IS NULL THEN 'To end those sessions: SELECT emergency_stop_job(id, force => true).'
             ELSE 'Even force => true cannot end all of them, and so ends none: an operator has to end a prepared '
                  'transaction, with ROLLBACK PREPARED, and a superuser the other sessions.' END;
     ELSIF problem IS NULL THEN
-        RETURN 0;
+        RETURN NULL;
     ELSIF v_held.by_a_stop THEN
         v_hint := 'Another stop of this job is at work. Ask again.';
     ELSIF problem = '' THEN
         v_hint := 'Nobody holds it now. Short transactions have held it in turn: send the call again.';
     ELSE
         v_message := format('job %L could not be stopped in %s: %s', id, patience, problem);
-        v_hint := 'Nobody holds it. Look at what the triggers of the tables jobs and executions wait for.';
+        v_hint := 'Nobody holds it. Look at what the triggers of our tables wait for: jobs, executions and emergency_stops.';
     END IF;
     RAISE lock_not_available USING
         MESSAGE = v_message,
         DETAIL = CASE
             WHEN v_message <> format('job %L is locked', id) THEN ''
-            WHEN v_not_ended IS NULL AND sessions_ended = 0 THEN COALESCE(v_held.holders, '[]')::text
+            WHEN v_not_ended IS NULL AND COALESCE(sessions_ended, 0) = 0 THEN COALESCE(v_held.holders, '[]')::text
             ELSE (SELECT json_object_agg(d.key, d.value)
                   FROM (VALUES ('blocked_by', COALESCE(v_held.holders, '[]')), ('not_ended', v_not_ended),
                                ('sessions_ended', to_json(NULLIF(sessions_ended, 0)))) AS d (key, value)
                   WHERE d.value IS NOT NULL)::text END,
-        HINT = v_hint || CASE sessions_ended WHEN 0 THEN ' Nothing was changed.'
-                         ELSE format(' Sessions were ended: %s. Nothing else was changed.', sessions_ended) END;
+        HINT = v_hint || CASE WHEN sessions_ended > 0
+                              THEN format(' Sessions were ended: %s. Nothing else was changed.', sessions_ended)
+                              ELSE ' Nothing was changed.' END;
 END;
 $$;

@@ -322,31 +322,9 @@ def test_force_spares_transactions_younger_than_the_lock_timeout(service, db, co
     assert (stop.result["sessions_ended"], stop.result["executions_stopped"]) == (1, 2)
 
 
-def test_force_ends_who_came_to_hold_the_job_after_the_first_ones_once_he_too_has_held_it_for_that_long(
-    service, db, connect, make_job, hold
-):
-    job_id = make_job(running=2)
-    old = hold("UPDATE executions SET output = '{}' WHERE id = 1")
-    young = connect(autocommit=False)
-    young.execute("SET lock_timeout = 0")
-    young.commit()
-    service.execute("SET lock_timeout = '1s'")
-
-    with in_thread(lambda: service.execute(FORCE, (job_id,)).fetchone()[0]) as stop:
-        half_way = "SELECT FROM pg_stat_activity WHERE pid = %s AND xact_start < clock_timestamp() - interval '500 ms'"
-        wait_until(lambda: db.execute(half_way, (service.info.backend_pid,)).fetchall())
-        wait_until(lambda: try_to_take(young), 1)
-        wait_until(lambda: not is_alive(old))
-        assert is_alive(young)
-    assert (stop.result["sessions_ended"], stop.result["executions_stopped"]) == (2, 2)
-    assert (is_alive(old), is_alive(young)) == (False, False)
-    assert db.execute("SELECT sessions_ended FROM emergency_stops").fetchall() == [(2,)]
-
-
 def test_a_stop_that_has_ended_sessions_in_vain_says_so(make_app, capsys, db, connect, make_job, hold):
     """It had said that nothing was changed, and nobody ever knew who had ended the session."""
     job_id = make_job(running=2)
-    change_function(db, "stop_in_turn", "v_rounds < 2", "v_rounds < 1")  # so that he who comes later need not be so late
     old = hold("UPDATE executions SET output = '{}' WHERE id = 1")
     young = connect(autocommit=False)
     young.execute("SET lock_timeout = 0")
@@ -371,6 +349,38 @@ def test_a_stop_that_has_ended_sessions_in_vain_says_so(make_app, capsys, db, co
         $$ BEGIN PERFORM end_or_name_holders(id, '1s', false, NULL, 3); END $$""")
     (several,) = db.execute("SELECT summary FROM emergency_stop_jobs(%s)", ([job_id],)).fetchone()
     assert (list(several), several["sessions_ended"]) == (["error", "job_id", "blocked_by", "sessions_ended"], 3)
+
+
+def test_a_session_that_does_not_end_is_not_counted_as_ended(db, make_job, hold, service):
+    job_id = make_job(running=1)
+    holder = hold("UPDATE executions SET output = '{}'")
+    service.execute("SET lock_timeout = '200ms'")
+
+    with suspended(psutil.Process(holder.info.backend_pid)):
+        with pytest.raises(psycopg.errors.LockNotAvailable) as locked:
+            service.execute(FORCE, (job_id,))
+        assert [one["pid"] for one in json.loads(locked.value.diag.message_detail)] == pids(holder)
+        assert "These have not ended yet, or came after them" in locked.value.diag.message_hint
+        assert locked.value.diag.message_hint.endswith("Nothing was changed.")
+
+
+def test_what_a_trigger_of_the_record_waits_for_is_told(db, make_job, connect, service):
+    job_id = make_job(running=1)
+    db.execute("""
+        CREATE TABLE ledger ();
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO ledger DEFAULT VALUES;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER note AFTER INSERT ON emergency_stops FOR EACH ROW EXECUTE FUNCTION note()""")
+    other = connect(autocommit=False)
+    other.execute("LOCK TABLE ledger IN EXCLUSIVE MODE")
+    service.execute("SET lock_timeout = '200ms'")
+
+    with pytest.raises(psycopg.errors.LockNotAvailable, match=r"could not be stopped in 00:00:00\.2: canceling") as locked:
+        service.execute(STOP, (job_id,))
+    assert "Look at what the triggers of our tables wait for" in locked.value.diag.message_hint
 
 
 def test_that_sessions_were_ended_for_a_job_that_had_ended_by_itself_is_recorded(db, make_job, hold, service):

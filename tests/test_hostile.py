@@ -977,6 +977,35 @@ def test_a_job_that_is_just_being_set_back_while_others_share_its_row_is_waited_
     assert stop.result["previous_status"] == "pending"
 
 
+NOT_A_STOPS_MARK = {
+    "an old copy of the job is written back after a release": (
+        "SELECT emergency_stop_job('a'); SELECT release_job('a', 'why', 'processing')",
+        "failed",
+    ),
+    "a job is made of the metadata of a stopped one": ("SELECT emergency_stop_job('b')", "completed"),
+    "somebody writes it": ("SELECT 1", "cancelled"),
+}
+
+
+@pytest.mark.parametrize("how", NOT_A_STOPS_MARK)
+def test_a_mark_that_is_not_that_of_the_last_stop_lets_nobody_pass_who_was_admitted(connect, db, make_job, service, how):
+    before, status = NOT_A_STOPS_MARK[how]
+    make_job("a", running=1)
+    make_job("b", running=1)
+    db.execute(before)
+    stopped = db.execute("SELECT utc_seconds(max(stopped_at)) FROM emergency_stops").fetchone()[0]
+    metadata = {"emergency_stop": True, "stopped_at": stopped}
+    worker = connect(autocommit=False)
+    worker.execute("INSERT INTO executions (job_id, status) VALUES ('a', 'running')")
+    db.execute("UPDATE jobs SET status = %s, metadata = %s WHERE id = 'a'", (status, json.dumps(metadata)))
+
+    with in_thread(lambda: service.execute("SELECT emergency_stop_job('a')").fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        worker.commit()
+    assert stop.result["action"] == "executions_stopped"
+    assert count_active(db, "a") == 0
+
+
 def test_a_job_that_is_just_being_released_is_waited_for_and_stopped_again(connect, db, make_job, service, stop):
     job_id = make_job(running=1)
     stop(job_id)

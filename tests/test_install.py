@@ -303,7 +303,7 @@ def test_where_no_timeout_is_set_the_wait_for_the_tables_ends_and_names_who_uses
 @pytest.mark.parametrize("table", ["executions", "jobs"])
 def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db, connect, table):
     change_function(db, "lock_all_tables", "interval := '100ms'", "interval := '20ms'")
-    change_function(db, "lock_all_tables", "0.3 * v_check", "0.003 * v_check")
+    change_function(db, "lock_all_tables", "interval '300ms'", "interval '3ms'")
     user, installer = connect(autocommit=False), connect()
     user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
     waits = "SELECT FROM pg_locks WHERE pid = %s AND waitstart < clock_timestamp() - interval '60 ms'"
@@ -315,7 +315,7 @@ def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db
 
 def test_a_deadlock_with_a_worker_is_given_up_and_tried_again(db, connect, make_job):
     make_job(running=1)
-    change_function(db, "lock_all_tables", "least(0.3 * v_check * random() ^ 4, 0.9 * v_check - v_waited)", "interval '5s'")
+    change_function(db, "lock_all_tables", "least(interval '300ms' * random() ^ 4, 0.9 * v_check - v_waited)", "interval '5s'")
     worker, installer = connect(autocommit=False), connect()
     worker.execute("SET deadlock_timeout = '15s'; UPDATE jobs SET updated_at = now()")
     installer.execute("SET deadlock_timeout = '150ms'")
@@ -345,6 +345,19 @@ def test_in_the_end_the_installer_insists_and_a_worker_who_has_one_table_and_wan
             wait_until(lambda: is_waiting(db, worker))
             first.rollback()
         worker.rollback()
+
+
+def test_the_installer_keeps_to_its_time_however_late_deadlocks_are_looked_for(db, connect):
+    """It would have held up all who use the other table meanwhile."""
+    user, installer = connect(autocommit=False), connect()
+    user.execute("LOCK TABLE jobs IN ROW EXCLUSIVE MODE")
+    change_function(db, "lock_all_tables", "v_patience / 2", "interval '0'")
+    installer.execute("SET deadlock_timeout = '20s'; SET lock_timeout = '300ms'")
+
+    started = time.monotonic()
+    with pytest.raises(psycopg.errors.LockNotAvailable, match="the tables are in use"):
+        installer.execute(LOCK_ALL)
+    assert time.monotonic() - started < 5
 
 
 def test_a_prepared_transaction_that_uses_the_tables_has_no_process_to_be_named(db, connect):
