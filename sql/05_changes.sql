@@ -29,7 +29,7 @@ DECLARE
     v_patience     CONSTANT interval := COALESCE(NULLIF(v_lock_timeout, '0'), '1min')::interval;
     v_check        CONSTANT interval := current_setting('deadlock_timeout')::interval;  -- each wait is looked at then
     v_began        CONSTANT timestamptz := clock_timestamp();
-    v_first_wait   interval := '100ms';  -- the longer, the longer the transactions that it can wait for
+    v_first_wait   interval := interval '100ms';  -- the longer, the longer the transactions that it can wait for
     v_attempt      timestamptz;
     v_waited       interval;
     v_table        regclass;

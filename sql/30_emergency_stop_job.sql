@@ -448,7 +448,7 @@ DECLARE
     -- Whether we have the barrier.
     v_barred       boolean := wait_for_barrier(barrier, greatest(v_deadline - clock_timestamp(), '1ms'));
     v_began        timestamptz;
-    v_wait         interval := '5ms';
+    v_wait         interval := interval '5ms';
     v_attempt      int := 1;
     v_terminated   int;  -- how many sessions force has ended; NULL until it has been used
     v_gone         int;

@@ -197,7 +197,7 @@ BEGIN
         PERFORM pg_terminate_backend(p.pid) FROM unnest(v_held.pids) AS p (pid);
         PERFORM pg_terminate_backend(p.pid, 1000) FROM unnest(v_held.pids) AS p (pid);  -- waits for its end
         PERFORM pg_stat_clear_snapshot();
-        RETURN (SELECT count(*) FROM unnest(v_held.pids) AS p (pid)
+        RETURN (SELECT count(*)::int FROM unnest(v_held.pids) AS p (pid)
                 WHERE p.pid NOT IN (SELECT a.pid FROM pg_stat_activity a));
     ELSIF v_held.holders IS NOT NULL THEN
         v_not_ended := CASE WHEN force THEN v_held.not_ended END;

@@ -302,7 +302,7 @@ def test_where_no_timeout_is_set_the_wait_for_the_tables_ends_and_names_who_uses
 
 @pytest.mark.parametrize("table", ["executions", "jobs"])
 def test_the_table_that_was_not_free_is_waited_for_first_and_longer_each_time(db, connect, table):
-    change_function(db, "lock_all_tables", "interval := '100ms'", "interval := '20ms'")
+    change_function(db, "lock_all_tables", "interval '100ms'", "interval '20ms'")
     change_function(db, "lock_all_tables", "interval '300ms'", "interval '3ms'")
     user, installer = connect(autocommit=False), connect()
     user.execute(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
@@ -336,7 +336,7 @@ def test_in_the_end_the_installer_insists_and_a_worker_who_has_one_table_and_wan
     first, worker, installer = connect(autocommit=False), connect(autocommit=False), connect()
     first.execute("UPDATE executions SET output = NULL")
     worker.execute("UPDATE jobs SET updated_at = now()")
-    change_function(db, "lock_all_tables", "interval := '100ms'", "interval := '10s'")
+    change_function(db, "lock_all_tables", "interval '100ms'", "interval '10s'")
 
     with in_thread(installer.execute, LOCK_ALL):
         wait_until(lambda: is_waiting(db, installer))
