@@ -14,7 +14,9 @@
 --          read_only_sql_transaction (25006)  the transaction is read-only, as every one on a standby
 --          lock_not_available (55P03)         others held the job for longer than lock_timeout (10 s where that is 0).
 --                                             DETAIL is a JSON array, the rows of emergency_stop_blockers(id); it is
---                                             empty where another stop of the job is at work. With force, if one may
+--                                             empty where another stop of the job is at work, or transactions have
+--                                             held the job in turn. There is none where a trigger of the
+--                                             application's has waited for something else. With force, if one may
 --                                             not be ended and so none is: {"blocked_by": [...], "not_ended": [...]};
 --                                             if others hold it after some were ended: "sessions_ended": 2 is added
 --          triggered_data_change_violation (27000)  a trigger or a rule of the application's undid the stop
@@ -292,8 +294,8 @@ DECLARE
 BEGIN
     -- Nobody starts an execution of a job that has ended, so what is committed is all there is. A transaction that was
     -- admitted before the end may still be open, but then it holds the barrier. A transaction that sets the job back
-    -- shows in xmax; a job with a mark is set back only by a release, which holds the barrier. The barrier is given back
-    -- at once, because a lock that outlives the call costs more.
+    -- shows in xmax; a job with a mark is set back only by a release, which holds the barrier. The barrier is given
+    -- back at once, because a lock that outlives the call costs more.
     LOOP
         SELECT j.status, j.xmax, j.metadata @> '{"emergency_stop": true}'
         INTO v_status, v_xmax, v_is_marked
@@ -431,9 +433,9 @@ BEGIN
 END;
 $$;
 
--- stop_in_turn(id, asked_id, ..., began): the stop of a job of which others hold a lock. It gets the barrier in its turn,
--- and then tries again and again. lock_timeout after the call began, it names who holds the job, or ends them and waits
--- once more.
+-- stop_in_turn(id, asked_id, ..., began): the stop of a job of which others hold a lock. It gets the barrier in its
+-- turn, and then tries again and again. lock_timeout after the call began, it names who holds the job, or ends them and
+-- waits once more.
 -- Returns  what emergency_stop_job answers
 -- Raises   lock_not_available (55P03), as emergency_stop_job
 CREATE OR REPLACE FUNCTION stop_in_turn(

@@ -162,11 +162,11 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'transaction_seconds, query. Waits for nothing; locks for a moment rows of the job that others seem to hold.';
 
 -- end_or_name_holders(id, patience, force, problem, sessions_ended): what is left to do once a stop has waited for that
--- long. With force it ends those who have held the job for that long, and returns how many have ended. Without, it raises
--- 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before, NULL if force was not
--- used yet. Where nobody holds the job any more, it returns NULL; or, if a problem is given, it raises 55P03. The problem
--- is the message of an error that was met although nobody else had a lock of the job's, or is empty. Only for such an
--- error there is no DETAIL.
+-- long. With force it ends those who have held the job for that long, and returns how many have ended. Without, it
+-- raises 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before, NULL if force
+-- was not used yet. Where nobody holds the job any more, it returns NULL; or, if a problem is given, it raises 55P03.
+-- The problem is the message of an error that was met although nobody else had a lock of the job's, or is empty. Only
+-- for such an error there is no DETAIL.
 CREATE OR REPLACE FUNCTION end_or_name_holders(
     id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT NULL)
 RETURNS int LANGUAGE plpgsql VOLATILE
@@ -177,7 +177,7 @@ DECLARE
     -- emergency_stop_jobs() passes a short patience; this setting then says how long a holder must have held the job.
     v_waited    CONSTANT interval :=
         COALESCE(NULLIF(current_setting('beacon_stop.waited', true), '')::interval, patience);
-    v_message   text := format('job %L is locked', id);
+    v_problem   text;
     v_held      record;
     v_not_ended json;
     v_hint      text;
@@ -216,13 +216,13 @@ BEGIN
     ELSIF problem = '' THEN
         v_hint := 'Nobody holds it now. Short transactions have held it in turn: send the call again.';
     ELSE
-        v_message := format('job %L could not be stopped in %s: %s', id, patience, problem);
-        v_hint := 'Nobody holds it. Look at what the triggers of our tables wait for: jobs, executions and emergency_stops.';
+        v_problem := format('job %L could not be stopped in %s: %s', id, patience, problem);
+        v_hint := 'Nobody holds it. Look at what the triggers of jobs, executions and emergency_stops wait for.';
     END IF;
     RAISE lock_not_available USING
-        MESSAGE = v_message,
+        MESSAGE = COALESCE(v_problem, format('job %L is locked', id)),
         DETAIL = CASE
-            WHEN v_message <> format('job %L is locked', id) THEN ''
+            WHEN v_problem IS NOT NULL THEN ''
             WHEN v_not_ended IS NULL AND COALESCE(sessions_ended, 0) = 0 THEN COALESCE(v_held.holders, '[]')::text
             ELSE (SELECT json_object_agg(d.key, d.value)
                   FROM (VALUES ('blocked_by', COALESCE(v_held.holders, '[]')), ('not_ended', v_not_ended),

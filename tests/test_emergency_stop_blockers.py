@@ -380,7 +380,7 @@ def test_what_a_trigger_of_the_record_waits_for_is_told(db, make_job, connect, s
 
     with pytest.raises(psycopg.errors.LockNotAvailable, match=r"could not be stopped in 00:00:00\.2: canceling") as locked:
         service.execute(STOP, (job_id,))
-    assert "Look at what the triggers of our tables wait for" in locked.value.diag.message_hint
+    assert "Look at what the triggers of jobs, executions and emergency_stops wait for" in locked.value.diag.message_hint
 
 
 def test_that_sessions_were_ended_for_a_job_that_had_ended_by_itself_is_recorded(db, make_job, hold, service):

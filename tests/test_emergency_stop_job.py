@@ -240,6 +240,19 @@ def test_the_callers_lock_timeout_is_as_it_was(connect, make_job, setting):
         assert session.execute("SHOW lock_timeout").fetchone() == (setting,)
 
 
+@pytest.mark.parametrize("setting", ["0", "7s"])
+def test_the_callers_lock_timeout_is_as_it_was_also_after_a_wait(connect, db, make_job, setting):
+    job_id = make_job(running=1)
+    worker, session = connect(autocommit=False), connect(autocommit=False)
+    worker.execute("UPDATE executions SET output = '{}'")
+    session.execute(f"SET LOCAL lock_timeout = '{setting}'")
+
+    with in_thread(session.execute, "SELECT emergency_stop_job(%s)", (job_id,)):
+        wait_until(lambda: is_waiting(db, session))
+        worker.rollback()
+    assert session.execute("SHOW lock_timeout").fetchone() == (setting,)
+
+
 def test_a_rolled_back_stop_has_not_happened(connect, db, make_job):
     job_id = make_job(running=3)
     session = connect(autocommit=False)

@@ -79,7 +79,7 @@ def test_the_front_page_is_short():
     assert len(lines) <= 160
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", [*READMES, *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("sql/**/*.sql"))])
 def test_no_line_is_too_wide(name):
     assert [line for line in (ROOT / name).read_text().splitlines() if len(line) > 120] == []
 
