@@ -221,21 +221,30 @@ LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 AS $$
 DECLARE
-    v_id      CONSTANT jobs.id%TYPE := fail_job.id;
-    v_updated bigint;
-    v_jobs    bigint;
-    v_marked  bigint;  -- executions of earlier stops, where something can change what is written
-    v_outer   CONSTANT text := current_setting('beacon_stop.stopping', true);  -- the stop whose trigger called this one
+    v_id         CONSTANT jobs.id%TYPE := fail_job.id;
+    v_is_watched boolean;  -- by triggers or rules of the application's
+    v_marked     bigint;   -- executions of earlier stops, where something can change what is written
+    v_outer      text;     -- the stop whose trigger has called this one
+    v_updated    bigint;
+    v_jobs       bigint;
 BEGIN
     executions_stopped := 0;
-    -- Triggers that fire before ours, and rules.
-    IF EXISTS (SELECT FROM pg_trigger t
-               WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass)
-                 AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
-       OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
-        v_marked := CASE WHEN mark ? 'emergency_stop' THEN marked_executions(fail_job.id) ELSE 0 END;
+    v_is_watched := EXISTS (SELECT FROM pg_trigger t
+                            WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass) AND NOT t.tgisinternal
+                              AND t.tgname NOT IN ('guard_inserted_executions', 'guard_updated_execution',
+                                                   'guard_updated_job'))
+        OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass));
+    IF v_is_watched THEN
+        v_outer := current_setting('beacon_stop.stopping', true);
+        PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
+        -- Triggers that fire before ours, and rules.
+        IF EXISTS (SELECT FROM pg_trigger t
+                   WHERE t.tgrelid IN ('jobs'::regclass, 'executions'::regclass)
+                     AND NOT t.tgisinternal AND t.tgtype & 18 = 18)
+           OR EXISTS (SELECT FROM pg_rewrite r WHERE r.ev_class IN ('jobs'::regclass, 'executions'::regclass)) THEN
+            v_marked := CASE WHEN mark ? 'emergency_stop' THEN marked_executions(fail_job.id) ELSE 0 END;
+        END IF;
     END IF;
-    PERFORM set_config('beacon_stop.stopping', fail_job.id, true);
     FOR v_round IN 1..10 LOOP
         -- as_object() is written out here, because calling a function for each row would cost more than the rest.
         UPDATE executions e
@@ -263,13 +272,21 @@ BEGIN
             WHERE j.id = v_id;
             GET DIAGNOSTICS v_jobs = ROW_COUNT;
         END IF;
-        SET CONSTRAINTS ALL IMMEDIATE;  -- a deferred trigger would start its executions after the look that follows
+        IF v_is_watched THEN  -- a deferred trigger would start its executions after the look that follows
+            SET CONSTRAINTS ALL IMMEDIATE;
+        END IF;
         PERFORM FROM executions e
         WHERE e.job_id = v_id AND e.status NOT IN ('completed', 'failed', 'cancelled') LIMIT 1;
-        left_alone := CASE WHEN FOUND THEN unfinished_executions(fail_job.id) END;
+        IF NOT FOUND THEN
+            left_alone := NULL;
+            EXIT;
+        END IF;
+        left_alone := unfinished_executions(fail_job.id);
         EXIT WHEN (left_alone ?| '{pending,running,processing}') IS NOT TRUE;
     END LOOP;
-    PERFORM set_config('beacon_stop.stopping', v_outer, true);
+    IF v_is_watched THEN
+        PERFORM set_config('beacon_stop.stopping', v_outer, true);
+    END IF;
 
     IF v_marked IS NOT NULL OR v_jobs <> 1 OR left_alone ?| '{pending,running,processing}' THEN
         PERFORM require_stopped(fail_job.id, new_status, CASE
@@ -364,7 +381,7 @@ DECLARE
     v_id           CONSTANT jobs.id%TYPE := attempt_stop.id;
     v_at           CONSTANT timestamptz := clock_timestamp();
     v_status       text;
-    v_new_status   text;
+    v_new_status   text := 'failed';
     v_has_ended    boolean;
     v_left_alone   jsonb;
     v_stopped_at   text;  -- this and the next are NULL where there is nothing to stop
@@ -389,8 +406,10 @@ BEGIN
         RETURN json_build_object('error', 'job not found', 'job_id', asked_id);
     END IF;
 
-    v_new_status := CASE WHEN v_has_ended THEN v_status ELSE 'failed' END;
-    v_left_alone := CASE WHEN v_has_ended THEN unfinished_executions(attempt_stop.id) END;
+    IF v_has_ended THEN
+        v_new_status := v_status;
+        v_left_alone := unfinished_executions(attempt_stop.id);
+    END IF;
     IF NOT v_has_ended OR v_left_alone ?| '{pending,running,processing}' THEN
         v_stopped_at := to_char(v_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"');
         v_failed := fail_job(
@@ -416,8 +435,9 @@ BEGIN
         END IF;
     END IF;
     -- By the shared lock emergency_stop_blockers tells a stop that is done from one at work, also on other jobs.
-    PERFORM pg_advisory_xact_lock_shared(barrier)
-    WHERE current_setting('beacon_stop.is_several', true) IS DISTINCT FROM 'on';
+    IF current_setting('beacon_stop.is_several', true) IS DISTINCT FROM 'on' THEN
+        PERFORM pg_advisory_xact_lock_shared(barrier);
+    END IF;
     RETURN json_strip_nulls(json_build_object(
         'ok', true,
         'message', CASE WHEN v_has_ended THEN 'Job already in terminal state' ELSE 'Job emergency stopped' END,
