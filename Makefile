@@ -37,7 +37,7 @@ lint: $(STAMP)  ## Check style and types
 	.venv/bin/mypy
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache tests/.ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml

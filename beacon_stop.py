@@ -175,7 +175,7 @@ def read_token(text: str) -> bytes:
 def read_url(environment: Mapping[str, str], name: str, default: str = "") -> str:
     text = environment.get(name) or default
     expected = "expected a libpq URL such as postgresql://user@host:5432/database"
-    if not text:
+    if not text.strip():
         raise ConfigurationError(f"{name} is not set: {expected}")
     try:
         text.encode()
@@ -657,10 +657,10 @@ class Application:
 
     def emergency_stop(self, request: Request, job_id: str) -> str:
         body = request.read_body("reason", "force", "actor", "dry_run")
+        request.is_forced = bool(body["force"])
         if body["dry_run"]:
             request.has_values = True
             return self.admin_pool.ask(DRY_RUN, job_id)
-        request.is_forced = bool(body["force"])
         return self.stop(job_id, request.is_forced, body["reason"], request.caller())
 
     def stop(self, job_id: str, force: bool, reason: str | None, caller: str) -> str:
@@ -804,7 +804,7 @@ class Application:
         except (psycopg.Error, HTTPError) as error:
             fault = explain(error, request).error
             if isinstance(error, NOT_READY):
-                fault = f"{error.diag.message_primary}: run beacon-stop init-db"
+                fault = f"{error.diag.message_primary}: see Roles and grants in sql/README.md, or use init-db"
             raise unavailable(fault, faults=[fault]) from None
         if faults := [sentence for sentence in sentences if not sentence.startswith("warning: ")]:
             raise unavailable("the emergency stop would not work: see faults", faults=faults)
@@ -975,8 +975,8 @@ def rate_key(client: str) -> str:
 
 def checked_text(value: Any, name: str = "job id", high: int = MAX_ID, low: int = 1) -> str:
     if not isinstance(value, str) or not low <= len(value) <= high or re.search("[\0\ud800-\udfff]", value):
-        size = f"{low} to {high}" if low else f"text of at most {high}"
-        raise bad(f"{name} cannot be used: expected {size} characters of UTF-8, none of them NUL")
+        size = f"{low} to {high}" if low else f"at most {high}"
+        raise bad(f"{name} cannot be used: expected text of {size} characters of UTF-8, none of them NUL")
     return value
 
 
@@ -1011,7 +1011,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return unavailable("another commit keeps this one waiting for too long: nothing was changed")
         if is_locked and (held := read_holders(error)):
             hint, holders = error.diag.message_hint, held["blocked_by"]
-            if request.event == "emergency_stop" and holders and not request.is_forced:
+            if request.event.startswith("emergency_stop") and holders and not request.is_forced:
                 hint = FORCE_HINT if all(each["pid"] for each in holders) else PREPARED_HINT
             request.noted["sessions_ended"] = held.get("sessions_ended")
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)
@@ -1215,7 +1215,7 @@ class Client(WSGIRequestHandler):
         if coding is not None and (length or not is_modern or last_coding != "chunked" or "chunked" in codings):
             raise bad("Transfer-Encoding cannot be used: expected chunked last, in HTTP/1.1, and no Content-Length")
         if codings:
-            raise HTTPError(501, "Transfer-Encoding is not known: expected chunked")
+            raise HTTPError(501, "Transfer-Encoding is not known: expected a Content-Length")
         self.close_connection = not is_modern or "close" in fields.get("connection", "").lower()
         self.body_left = int(length or 0) if coding is None else math.inf  # chunks are not read
         if not self.body_left:
@@ -1384,15 +1384,14 @@ def init_db(database_url: str) -> None:
         connection.execute("SET LOCAL lock_timeout = '10s'; SET LOCAL client_min_messages = notice")
         for file in sql_files():
             connection.execute(file.read_bytes())
-        for (fault,) in connection.execute(FAULTS).fetchall():
-            print(f"beacon-stop: {'' if fault.startswith('warning: ') else 'fault: '}{fault}", file=sys.stderr)
 
 
 def print_notice(diagnostic: errors.Diagnostic) -> None:
     if diagnostic.severity_nonlocalized == "WARNING":
-        print(f"beacon-stop: warning: {diagnostic.message_primary}\n{diagnostic.message_hint or ''}", file=sys.stderr)
+        said = filter(None, (diagnostic.message_primary, diagnostic.message_hint))
+        print("beacon-stop: warning: " + "\n".join(said), file=sys.stderr)
     elif diagnostic.source_function == "exec_stmt_raise":  # not PostgreSQL's own, of what exists already
-        print(diagnostic.message_primary)
+        print(diagnostic.message_primary, flush=True)  # before what is said on stderr
 
 
 @contextmanager
@@ -1497,7 +1496,7 @@ def main(arguments: list[str] | None = None) -> int:
         problem = str(error)
     except psycopg.Error as error:
         said = (error.diag.message_primary or str(error), error.diag.message_detail, error.diag.message_hint)
-        problem = "the database refused: " + "\n".join(filter(None, said))
+        problem = "the database refused, and nothing was changed: " + "\n".join(filter(None, said))
     print(f"beacon-stop: {problem}", file=sys.stderr)
     return 2
 

@@ -1,7 +1,8 @@
 -- Begins the installation, which is one transaction: installers take turns, and from here on every name means the
 -- first schema of the installer's search_path, never a temporary table.
 --
--- Raises   invalid_schema_name (3F000)  search_path names no schema that exists
+-- Raises   invalid_schema_name (3F000)               search_path names no schema that exists
+--          object_not_in_prerequisite_state (55000)  the database is the front of shards
 DO $$
 DECLARE
     v_other record;
@@ -9,6 +10,11 @@ BEGIN
     IF current_schema() IS NULL THEN
         RAISE invalid_schema_name
             USING MESSAGE = 'search_path names no schema that exists: expected the one to install into';
+    END IF;
+    IF EXISTS (SELECT FROM pg_foreign_server s WHERE s.srvname = 'beacon_stop') THEN
+        RAISE object_not_in_prerequisite_state
+            USING MESSAGE = 'this database is a PL/Proxy front, whose jobs are on shards: expected one of these',
+                  HINT = 'A front gets sql/plproxy/router.sql instead.';
     END IF;
     PERFORM pg_advisory_xact_lock(hashtext('beacon-stop install'));
     RAISE NOTICE USING

@@ -182,9 +182,9 @@ DECLARE
     v_not_ended json;
     v_hint      text;
 BEGIN
-    -- A holder is overdue if its transaction is as old as the wait, or of unknown age. If none is, all are named.
+    -- A holder is overdue if its transaction is as old as the wait, or of unknown age.
     SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
-           COALESCE(json_agg(s) FILTER (WHERE o.overdue), json_agg(s) FILTER (WHERE NOT h.is_stop)) AS holders,
+           json_agg(s) FILTER (WHERE NOT h.is_stop) AS holders,
            json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended, bool_or(h.is_stop) AS by_a_stop
     INTO v_held
     FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - v_waited) h
@@ -206,7 +206,8 @@ BEGIN
                                                  'yet, or came after them: send the call again.'
             WHEN cardinality(v_held.pids) = 0 THEN
                 'None of them has held it for that long, so even force => true ends none. Ask again.'
-            WHEN v_held.not_ended IS NULL THEN 'To end those sessions: SELECT emergency_stop_job(id, force => true).'
+            WHEN v_held.not_ended IS NULL THEN 'To end those who have held it all that time: '
+                                               'SELECT emergency_stop_job(id, force => true).'
             ELSE 'Even force => true cannot end all of them, and so ends none: an operator has to end a prepared '
                  'transaction, with ROLLBACK PREPARED, and a superuser the other sessions.' END;
     ELSIF problem IS NULL THEN

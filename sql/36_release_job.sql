@@ -70,6 +70,12 @@ BEGIN
     ELSIF (length(release_job.status) BETWEEN 1 AND 255 AND release_job.status <> 'failed') IS NOT TRUE THEN
         RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop', MESSAGE =
             'status is missing, too long, or failed: expected the state that the job goes on in, 1 to 255 characters';
+    ELSIF length(release_job.status) > (
+        SELECT a.atttypmod - 4 FROM pg_attribute a  -- of varchar(n) it is n + 4, of others -1
+        WHERE a.attrelid = 'jobs'::regclass AND a.attname = 'status' AND a.atttypmod > 0) THEN
+        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop',
+            MESSAGE = format('status has %s characters: expected no more than the column jobs.status can hold',
+                             length(release_job.status));
     ELSIF jsonb_typeof(caller) <> 'object' THEN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
     END IF;

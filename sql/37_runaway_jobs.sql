@@ -3,7 +3,7 @@
 -- Returns  {"minutes": 5, "jobs": [{"job_id": "a", "status": "processing", "started": 421, "per_minute": 84.2,
 --           "active": 42, "oldest_active_at": "2025-09-29T23:48:00Z"}], "truncated": false}
 --          "started" counts executions by their created_at. "truncated" tells that this is not all: there are more
---          jobs, or the numbers are too low, because not all executions were looked at.
+--          jobs, or the numbers are too low, because not all executions were looked at, or some have no created_at.
 -- Raises   invalid_parameter_value (22023)  minutes or max_jobs is out of range
 -- Locks    nothing; it also works on a standby
 --
@@ -49,11 +49,12 @@ BEGIN
     LOOP
         v_began := clock_timestamp();
         WITH counted AS (
-            SELECT r.job_id, count(*) FILTER (WHERE r.is_new) AS started, count(r.is_active) AS unfinished,
+            SELECT r.job_id, count(*) FILTER (WHERE r.is_new) AS started, bool_or(r.is_new IS NULL) AS is_unknown,
+                   count(r.is_active) AS unfinished,
                    count(*) FILTER (WHERE r.is_active) AS active, min(r.created_at) FILTER (WHERE r.is_active) AS oldest
-            FROM (SELECT l.job_id, l.created_at, true AS is_new, NULL::boolean AS is_active
+            FROM (SELECT l.job_id, l.created_at, l.created_at >= v_since AS is_new, NULL::boolean AS is_active
                   FROM (SELECT * FROM executions e WHERE v_order = 'id' ORDER BY e.id DESC LIMIT v_rows) l
-                  WHERE l.created_at >= v_since
+                  WHERE (l.created_at >= v_since) IS NOT FALSE
                   UNION ALL
                   (SELECT e.job_id, e.created_at, true, NULL
                    FROM executions e WHERE v_order = 'created_at' AND e.created_at >= v_since
@@ -66,6 +67,7 @@ BEGIN
             GROUP BY r.job_id
         ), total AS (
             SELECT COALESCE(sum(c.started), 0) AS started, COALESCE(sum(c.unfinished) = v_rows, false) AS is_cut,
+                   COALESCE(bool_or(c.is_unknown), false) AS is_unknown,
                    count(*) FILTER (WHERE c.started > 0 OR c.active > 0) AS jobs
             FROM counted c
         ), listed AS (
@@ -79,7 +81,7 @@ BEGIN
                       WHERE t.is_cut AND e.job_id = c.job_id AND e.status IN ('pending', 'running', 'processing')
                       LIMIT greatest(100, v_rows / runaway_jobs.max_jobs)) n) a
         )
-        SELECT t.started, t.is_cut, t.jobs > runaway_jobs.max_jobs AS has_more, (
+        SELECT t.started, t.is_cut, t.is_unknown, t.jobs > runaway_jobs.max_jobs AS has_more, (
             SELECT json_agg(json_build_object(
                 'job_id', l.job_id::text, 'status', j.status, 'started', l.started,
                 'per_minute', trim_scale(round(l.started / runaway_jobs.minutes::numeric, 1)), 'active', l.active,
@@ -98,7 +100,8 @@ BEGIN
     -- A transaction that took long has added rows that look old: a tenth of the latest may be such.
     RETURN json_build_object(
         'minutes', minutes, 'jobs', COALESCE(v_found.jobs, '[]'),
-        'truncated', v_order = 'none' OR v_found.has_more OR v_found.is_cut OR v_found.started >= v_rows * 0.9);
+        'truncated', v_order = 'none' OR v_found.has_more OR v_found.is_cut OR v_found.is_unknown
+                     OR v_found.started >= v_rows * 0.9);
 END;
 $$;
 REVOKE ALL ON FUNCTION runaway_jobs(int, int) FROM PUBLIC;

@@ -28,6 +28,7 @@ BAD = {
     "a short token": ({"ADMIN_TOKEN": "x" * 15}, "ADMIN_TOKEN is too short: expected at least 16 characters"),
     "a token with a line break": ({"ADMIN_TOKEN": "x" * 20 + "\n"}, "ADMIN_TOKEN cannot be sent in a header"),
     "no database": ({"DATABASE_URL": ""}, "DATABASE_URL is not set: expected a libpq URL"),
+    "a blank": ({"DATABASE_URL": " "}, "DATABASE_URL is not set: expected a libpq URL"),
     "a bad database": (
         {"DATABASE_URL": "postgresql://u:secret-password@[/x"},
         "DATABASE_URL cannot be read: expected a libpq URL",

@@ -171,6 +171,26 @@ def test_40_workers_that_hold_one_row_each_are_all_named_after_one_lock_timeout_
     assert [is_alive(worker) for worker in workers] == [False] * 40
 
 
+def test_who_came_while_the_stop_waited_is_named_as_well_and_not_ended(db, make_job, hold, locked, service):
+    job_id = make_job(running=1)
+    service.execute("SET lock_timeout = '600ms'")
+    early = hold("SELECT FROM jobs WHERE id = %s FOR UPDATE", job_id)
+
+    with in_thread(lambda: locked(job_id)) as named:
+        wait_until(lambda: is_waiting(db, service))
+        late = hold("SELECT FROM executions WHERE job_id = %s FOR UPDATE", job_id)
+    assert [one["pid"] for one in named.result] == pids(early, late)
+    assert "those who have held it all that time" in locked.hint
+    late.rollback()
+
+    with in_thread(lambda: service.execute(FORCE, (job_id,)).fetchone()[0]) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        late.execute("SELECT FROM executions WHERE job_id = %s FOR UPDATE", (job_id,))
+        wait_until(lambda: not is_alive(early))
+        late.rollback()
+    assert (stop.result["sessions_ended"], is_alive(late)) == (1, True)
+
+
 def test_of_several_who_may_hold_a_row_only_those_who_have_for_long_enough_count(db, connect, make_job, hold, service):
     """A row that was locked in a part of a transaction, which is over, does not tell whose it is."""
     job_id, _ = make_job(running=1), make_job(running=2)

@@ -109,7 +109,7 @@ def test_ids_that_no_table_can_hold(shared_client, id):
 
     answer = shared_client("POST", path, HTTP_X_ADMIN_TOKEN=TOKEN)
     assert answer.status == 400
-    assert answer.json["error"].startswith("job id cannot be used: expected 1 to 255 characters")
+    assert answer.json["error"].startswith("job id cannot be used: expected text of 1 to 255 characters")
 
 
 TIDIED = {
@@ -428,7 +428,7 @@ def test_readiness_where_it_cannot_be_asked_for(client, db, change, said):
     assert (answer.status, answer.json["faults"]) == (503, [answer.json["error"]])
     assert answer.json["error"].startswith(said)
     assert "emergency_stop_faults" in answer.json["error"]
-    assert answer.json["error"].endswith("run beacon-stop init-db")
+    assert answer.json["error"].endswith("see Roles and grants in sql/README.md, or use init-db")
 
 
 def test_without_a_database(make_app, monkeypatch):
@@ -1069,11 +1069,14 @@ def test_a_release(client, make_job, db, capsys):
         '{"reason": "x"}': "status is missing",
         '{"status": "pending"}': "reason is missing",
         '{"reason": "x", "status": "failed"}': "status is missing, too long, or failed",
-        '{"reason": "x", "status": 1}': "status cannot be used",
+        '{"reason": "x", "status": 1}': "status cannot be used: expected text of 1 to 255 characters",
         '{"reason": "x", "status": "pending", "force": true}': "body has an unknown key 'force': expected reason, status, actor",
     }.items():
         answer = release(**json.loads(body))
         assert (answer.status, answer.json["error"][: len(error)]) == (400, error)
+    db.execute("DROP TRIGGER guard_updated_job ON jobs; ALTER TABLE jobs ALTER status TYPE varchar(20)")
+    answer = release(reason="x", status="longer than the column")
+    assert (answer.status, answer.json["error"][:29]) == (400, "status has 22 characters: exp")
     answer = release(reason="mended", status="pending", actor="ann")
     assert (answer.status, answer.json["new_status"], answer.json["reason"]) == (200, "pending", "mended")
     assert db.execute("SELECT status FROM jobs").fetchone() == ("pending",)

@@ -650,6 +650,32 @@ def test_a_schema_that_does_not_exist_is_said_to_be_missing(bare_url):
         beacon_stop.init_db(f"{bare_url} options='-csearch_path=missing'")
 
 
+def test_a_front_of_shards_is_refused_because_it_would_be_an_empty_brake_that_says_it_is_ready(bare, bare_url):
+    bare.execute("CREATE FOREIGN DATA WRAPPER plproxy; CREATE SERVER beacon_stop FOREIGN DATA WRAPPER plproxy")
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="this database is a PL/Proxy front"):
+        beacon_stop.init_db(bare_url)
+    assert bare.execute("SELECT to_regclass('jobs')").fetchone() == (None,)
+
+
+def test_each_warning_is_said_once_and_a_refusal_says_that_nothing_was_changed(bare, bare_url, monkeypatch, capsys):
+    monkeypatch.setenv("DATABASE_URL", bare_url)
+    bare.execute("CREATE TABLE jobs (id text PRIMARY KEY, status text)")
+    bare.execute("CREATE TABLE executions (id int PRIMARY KEY, job_id text, status text)")
+
+    assert beacon_stop.main(["init-db"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "beacon-stop: warning: no foreign key leads from executions.job_id to jobs, so executions can be added for jobs that do not exist"
+    ]
+    bare.execute("ALTER TABLE jobs ADD CONSTRAINT known CHECK (status <> 'failed')")
+    assert beacon_stop.main(["init-db"]) == 2
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "beacon-stop: the database refused, and nothing was changed: constraint known on table jobs forbids the status failed",
+        "constraint known on table jobs forbids the status failed",
+        "Nothing was installed or changed.",
+    ]
+
+
 def test_any_schema_of_the_search_path(bare, bare_url):
     bare.execute('CREATE SCHEMA "Odd, schema"')
     options = {"PGOPTIONS": '-csearch_path="Odd,\\ schema",public'}

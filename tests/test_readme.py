@@ -104,7 +104,8 @@ def test_the_first_command_answers_what_is_shown(shell, job):
     assert list(answer) == list(json.loads(shown))
 
 
-def test_the_seven_questions_over_http(shell, job):
+def test_the_seven_questions_over_http(shell, job, make_job):
+    make_job("one")
     answers = lines_of(shell(readme_block("bash", "Which job is it? These"), job))
     ready, runaways, dry_run, stopped, several, blocked, forced, status, released = answers
 
@@ -112,7 +113,7 @@ def test_the_seven_questions_over_http(shell, job):
     assert [(found["job_id"], found["active"]) for found in runaways["jobs"]] == [(job, 42)]
     assert dry_run["dry_run"] is True and dry_run["executions_stopped"] == 42 and dry_run["took_ms"] > 0
     assert stopped["message"] == "Job emergency stopped" and stopped["reason"] == "it costs too much"
-    assert (several["already_terminal"], several["not_found"]) == (1, 1)
+    assert (several["stopped"], several["not_found"]) == (1, 1)
     assert blocked["stopped"] is True and blocked["blocked_by"] == []
     assert forced["action"] == "none"
     assert status["confirmation"]["in_hand"] == 22

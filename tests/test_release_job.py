@@ -122,6 +122,16 @@ def test_without_a_reason_or_a_state_to_go_on_in_it_is_refused(db, make_job, sto
     assert db.execute("SELECT status FROM jobs").fetchone() == ("failed",)
 
 
+def test_a_state_that_the_column_cannot_hold_is_refused(db, make_job, stop, release):
+    job_id = make_job(running=1)
+    stop(job_id)
+    db.execute("DROP TRIGGER guard_updated_job ON jobs; ALTER TABLE jobs ALTER status TYPE varchar(12)")
+
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="status has 13 characters: expected no more than the column"):
+        release(job_id, status="x" * 13)
+    assert release(job_id, status="x" * 12)["new_status"] == "x" * 12
+
+
 def test_a_caller_that_is_no_object_is_refused(make_job, stop, service):
     job_id = make_job(running=1)
     stop(job_id)

@@ -169,6 +169,17 @@ def test_without_any_index_that_tells_it_knows_what_has_not_ended(db, make_job, 
     assert answer["truncated"] is True
 
 
+def test_where_the_latest_have_no_time_it_does_not_say_that_there_is_nothing(db, make_job, runaways):
+    """As where the column was added without a default: the rows that come after that have no time either."""
+    db.execute("ALTER TABLE executions ALTER created_at DROP DEFAULT, ALTER created_at DROP NOT NULL")
+    make_job(completed=3)
+
+    assert runaways() == {"minutes": 5, "jobs": [], "truncated": True}
+    db.execute("UPDATE executions SET created_at = now()")
+    assert [job["started"] for job in runaways()["jobs"]] == [3]
+    assert runaways()["truncated"] is False
+
+
 @pytest.mark.parametrize("type", ["bigint", "int", "smallint"])
 def test_ids_that_ascend_tell_of_whatever_type_they_are(db, make_job, runaways, type):
     job_id = make_job(running=3, completed=4)

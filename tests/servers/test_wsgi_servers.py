@@ -353,7 +353,7 @@ REFUSALS = {
         "/admin/jobs/%ff/emergency-stop",
         {"X-Admin-Token": TOKEN},
         400,
-        "job id cannot be used: expected 1 to 255 characters of UTF-8",
+        "job id cannot be used: expected text of 1 to 255 characters of UTF-8",
     ),
     "no such route": ("GET", "/admin", {}, 404, "no such route"),
     "another method": ("DELETE", "/api/v1/jobs/x", {}, 405, "method not allowed"),
