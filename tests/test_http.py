@@ -1,5 +1,6 @@
 """The application, called through wsgiref's validator: routes, answers, refusals, limits, the log."""
 
+import io
 import json
 import re
 import socket
@@ -771,6 +772,20 @@ def test_a_log_that_nobody_reads_keeps_no_job_running(client, make_job, monkeypa
     monkeypatch.setattr("sys.stderr", Closed())
 
     assert client.stop(make_job(running=1)).json["executions_stopped"] == 1
+
+
+def test_the_log_is_not_left_in_the_buffer_of_another_servers_stderr(client, make_job, monkeypatch):
+    binary = io.BytesIO()
+
+    class Buffered(io.TextIOWrapper):
+        def fileno(self):
+            raise OSError
+
+    monkeypatch.setattr("sys.stderr", Buffered(binary))
+
+    client.stop(make_job(running=1))
+    beacon_stop.LOG_HANDLER.flush()
+    assert b'"outcome": "stopped"' in binary.getvalue()
 
 
 # --- Configuration of an embedded application ---
