@@ -588,7 +588,7 @@ def test_the_first_line_of_a_process_does_not_wait_for_others_to_gather():
 
 
 def test_a_process_that_was_forked_after_the_first_line_writes_its_own():
-    program = '''
+    program = """
 import os, beacon_stop
 beacon_stop.log_event("before")
 beacon_stop.LOG_HANDLER.flush()
@@ -598,7 +598,7 @@ else:
     beacon_stop.log_event("of the child")
     beacon_stop.LOG_HANDLER.flush()
     os._exit(0)
-'''
+"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=20)
 
     assert [list(json.loads(line)) for line in done.stderr.splitlines()] == [["time", "event"]] * 2  # without lines_dropped
