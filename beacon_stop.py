@@ -270,11 +270,9 @@ class LogHandler(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> str:
         """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
-        if hasattr(record, "fields"):
-            line = {"time": at, "event": record.msg, **record.fields}
-        else:
-            line = {"time": at, "event": "log", "logger": record.name, "level": record.levelname.lower()}
-            line["message"] = record.getMessage()
+        level, message = record.levelname.lower(), record.getMessage()
+        library = {"event": "log", "logger": record.name, "level": level, "message": message}
+        line = {"time": at, **getattr(record, "fields", library)}
         for name, value in line.items():
             if isinstance(value, str):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
@@ -289,8 +287,8 @@ class LogHandler(QueueHandler):
         # The thread starts with the first line of each process, which it need not wait for then: not with the import,
         # and anew after a fork.
         if not self.is_started:
-            self.is_started = True
             threading.Thread(target=self.write_lines, name="beacon-stop log", daemon=True).start()
+            self.is_started = True
 
     def flush(self) -> None:
         """Wait until all is written, at most for a second; `logging` calls this at the end of the process."""
@@ -312,7 +310,7 @@ class LogHandler(QueueHandler):
 
     def write(self, line: str) -> None:
         """Write a line to stderr, without a logging.Handler: a process that ends would wait for its lock."""
-        with suppress(OSError, ValueError, AttributeError):  # stderr is None, or closed
+        with suppress(Exception):  # stderr is None, or closed; of another server's object nothing is known
             try:
                 descriptor, data = sys.stderr.fileno(), line.encode()
             except (OSError, AttributeError):  # it is another server's object
@@ -330,10 +328,12 @@ LOGGER = logging.getLogger("beacon_stop")
 LOGGER.addHandler(LOG_HANDLER)
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False
+# The pools warn of each attempt to connect. Without a handler, logging itself would wait for who reads stderr.
+logging.getLogger("psycopg").addHandler(LOG_HANDLER)
 
 
 def log_event(event: str, **fields: Any) -> None:
-    LOGGER.info(event, extra={"fields": fields})
+    LOGGER.info(event, extra={"fields": {"event": event, **fields}})
 
 
 # --- Rate limits ------------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ class BoundedConnection(psycopg.Connection[Any]):
 class Pool(ConnectionPool[BoundedConnection]):
     """Autocommit connections for one purpose. All of them are kept open, unless `min_size` says how many are."""
 
-    has_connected = False
+    has_connected = False  # or made a call, since the last connection was lost
     is_away = False  # whether the last attempt to connect has failed, or the server has fallen silent
     is_pooled = False  # whether the last connection was to a pooler, where each transaction may meet another session
 
@@ -430,7 +430,8 @@ class Pool(ConnectionPool[BoundedConnection]):
         )
 
     def try_anew(self) -> None:
-        self.is_away = True
+        # While other connections work, the database only refuses more of them.
+        self.is_away = not self.has_connected
         # Reconnect if callers are waiting.
         if self.get_stats()["requests_waiting"]:
             self.check()
@@ -472,11 +473,13 @@ class Pool(ConnectionPool[BoundedConnection]):
         try:
             connection.patience = self.statement_timeout + SILENCE
             try:
-                return connection.fetch(query, values)
+                rows = connection.fetch(query, values)
             except psycopg.Error as error:
                 if connection.closed or not is_lost(error):
                     raise
-                return connection.fetch(query, values)  # PL/Proxy has lost a shard's session
+                rows = connection.fetch(query, values)  # PL/Proxy has lost a shard's session
+            self.has_connected = True
+            return rows
         except psycopg.Error as error:
             if isinstance(error, errors.ReadOnlySqlTransaction):
                 connection.close()  # it has become a standby: the next connection may find another server
@@ -485,6 +488,7 @@ class Pool(ConnectionPool[BoundedConnection]):
         finally:
             connection.patience = SILENCE
             self.putconn(connection)
+        self.has_connected = False
         if connection.was_silent:
             self.is_away = True
             self.drain()  # those beside it would be found silent one after the other
@@ -545,16 +549,14 @@ class GroupedStops:
         """Stop group after group. After a failure each stop goes by itself for GROUP_PAUSE."""
         while not self.pool.closed:
             try:
-                is_allowed = self.pool.fetch(CAN_GROUP) == [(True,)]
-                self.can_group = is_allowed and not self.pool.is_pooled
+                self.can_group = self.pool.fetch(CAN_GROUP) == [(True,)] and not self.pool.is_pooled
                 while self.can_group and not self.pool.closed and (first := self.queue.get()):
                     self.stop_group(first)
-                return
             except Exception as error:  # each stop of the group now goes by itself, and meets the error if it stays
                 if self.can_group:
                     log_event("group_failed", error=str(error))
                 self.can_group = False
-                time.sleep(GROUP_PAUSE)
+            time.sleep(GROUP_PAUSE)  # sql/ may be installed only then
 
     def stop_group(self, first: GroupMember) -> None:
         others = [self.queue.get() for _ in range(min(self.queue.qsize(), GROUP_SIZE - 1))]
@@ -922,19 +924,24 @@ class Request:
 
     def read_bytes(self, limit: int) -> bytes:
         """The body, of bounded size, however its length is told."""
-        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server, whatever the headers say
-        if "HTTP_TRANSFER_ENCODING" in self.environ and not is_terminated:
+        is_terminated = self.environ.get("wsgi.input_terminated")  # by the server
+        is_chunked = "HTTP_TRANSFER_ENCODING" in self.environ  # then a Content-Length is not the body's
+        if is_chunked and not is_terminated:
             raise HTTPError(411, "body has no length: expected a Content-Length")
-        given = self.environ.get("CONTENT_LENGTH") or "0"
-        if not re.fullmatch(r"[0-9]{1,20}", given):
+        given = "" if is_chunked else self.environ.get("CONTENT_LENGTH") or ""
+        if not re.fullmatch(r"[0-9]{0,20}", given):
             raise bad("Content-Length cannot be read: expected a whole number")
-        length = limit + 1 if is_terminated else int(given)
+        length = int(given or (limit + 1 if is_terminated else 0))
         data = b""
-        while len(data) < length <= limit + 1 and (part := self.environ["wsgi.input"].read(length - len(data))):
-            data += part
+        try:
+            while len(data) < length <= limit + 1 and (part := self.environ["wsgi.input"].read(length - len(data))):
+                data += part
+        except OSError:  # the client went away
+            raise bad("body has not arrived") from None
         if len(data) > limit or length > limit + 1:
             raise HTTPError(413, f"body is too large: expected at most {limit} bytes")
-        if len(data) < length and not is_terminated:
+        # Without its end a body asks for something else, such as a stop instead of a dry run.
+        if given and len(data) < length:
             raise bad("body is shorter than its Content-Length")
         return data
 
@@ -1087,7 +1094,8 @@ ANSWER_TIMEOUT, LISTING_TIMEOUT = 30.0, 600.0  # seconds for a client to take an
 LINGER_TIMEOUT = 2.0  # seconds for a client to take a refusal while it still sends
 EMPTY_LINES = 4  # that may come before a request
 PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last answer, so that others get their turn
-PATIENCE = {"new": 0.3, "idle": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0}  # seconds, on SIGTERM
+# Seconds, on SIGTERM.
+PATIENCE = {"new": 0.3, "idle": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0, "shut": 10.0}
 MAX_CONNECTIONS = 900  # fewer where the process may not open as many files
 SPARE_FILES = 40  # for the database, the log, and connections that are about to be refused
 
@@ -1109,21 +1117,19 @@ class Answer(SimpleHandler):
         has_length = "Content-Length" in self.headers
         self.client.expect("answering", ANSWER_TIMEOUT if has_length else LISTING_TIMEOUT)
         # Without a length the end of the connection is the end of the body; unread bytes cannot be told from a request.
-        if not has_length or self.client.body_left or self.client.server.is_stopping:
+        # What was sent before the server has shut the connection can still be read, and would never end.
+        if not has_length or self.client.body_left or self.client.server.is_stopping or self.client.is_shut():
             self.client.close_connection = True
         if self.client.close_connection:
             self.headers["Connection"] = "close"
+        self.client.connection.setblocking(False)
+        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
+        self.client.connection.setblocking(True)
 
     def finish_content(self) -> None:
         if not self.headers_sent:
             self.send_headers()  # without the length of 0 that the empty body of HEAD would be given
-        self.client.connection.setblocking(False)
-        self.client.is_pipelined = bool(self.client.rfile.peek(1))  # type: ignore[attr-defined]
-        self.client.connection.setblocking(True)
-        self.client.wfile.flush()
-
-    def _flush(self) -> None:
-        """Leave it to the buffer and to finish_content."""
+            self._flush()
 
     def log_exception(self, exc_info: Any) -> None:
         self.client.close_connection = True
@@ -1149,11 +1155,15 @@ class Client(WSGIRequestHandler):
     def expect(self, phase: str, seconds: float) -> None:
         """Begin a phase, for which there is so much time: the server shuts the connection of a client who is late."""
         self.began = time.monotonic()
-        if self.connection in self.server.connections:  # else the server has shut it
-            self.server.connections[self.connection] = phase, self.began + seconds
+        with self.server.lock:
+            if not self.is_shut():
+                self.server.connections[self.connection] = phase, self.began + seconds
+
+    def is_shut(self) -> bool:
+        return self.server.connections[self.connection][0] == "shut"
 
     def require_in_time(self) -> None:
-        if self.connection not in self.server.connections:
+        if self.is_shut():
             raise HTTPError(408, "request did not arrive in time")
 
     def handle_one_request(self) -> None:
@@ -1220,7 +1230,9 @@ class Client(WSGIRequestHandler):
         self.body_left = int(length or 0) if coding is None else math.inf  # chunks are not read
         if not self.body_left:
             self.expect("working", math.inf)
-        return self.get_environ() | {"CONTENT_LENGTH": length or "0"}
+        # wsgiref also strips the bytes A0 and 85, with which a token in UTF-8 may end.
+        stripped = {"CONTENT_LENGTH": length or "0", "HTTP_X_ADMIN_TOKEN": fields.get("x-admin-token", "")}
+        return self.get_environ() | stripped
 
     def handle_expect_100(self) -> bool:
         self.expects_continue = True
@@ -1240,8 +1252,8 @@ class Client(WSGIRequestHandler):
 
     def read_unreadable(self, head: str) -> Request:
         """What can be told of a request that cannot be read, for its line in the log."""
-        given = re.search(r"(?i)\nx-request-id:[ \t]*(.*?)[ \t]*\r", head)
-        known = {"REQUEST_METHOD": head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1] if given else ""}
+        given = re.search(r"(?i)\nx-request-id:([^\r\n]*)", head)
+        known = {"REQUEST_METHOD": head.split(" ")[0], "HTTP_X_REQUEST_ID": given[1].strip(" \t") if given else ""}
         request = Request({"SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": self.client_address[0], **known})
         path = re.sub(r"^\S* |[ ?].*", "", head, flags=re.DOTALL)
         request.event, request.started, request.noted["client"] = "refused", self.began, request.read_client(0)
@@ -1254,13 +1266,14 @@ class Server(ThreadingHTTPServer):
 
     is_stopping = False
 
-    def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int) -> None:
-        """Listen on host and port (0: any that is free); raises OSError."""
+    def __init__(self, application: Callable[..., Iterable[bytes]], host: str, port: int, pools: int = 0) -> None:
+        """Listen on host and port (0: any that is free), beside so many connections of pools; raises OSError."""
         BaseServer.__init__(self, (host, port), Client)
         self.application = application
         self.connections: dict[socket.socket, tuple[str, float]] = {}  # phase and deadline of each
+        self.lock = threading.Lock()  # for changing them
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.max_connections = max(8, min(MAX_CONNECTIONS, files - SPARE_FILES))
+        self.max_connections = max(8, min(MAX_CONNECTIONS, files - SPARE_FILES - pools))
         try:
             family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
         except (UnicodeError, socket.gaierror):
@@ -1298,24 +1311,28 @@ class Server(ThreadingHTTPServer):
                 self.shut(connection, phase)
 
     def shut(self, connection: socket.socket, phase: str) -> None:
-        self.connections.pop(connection, None)
+        with self.lock:
+            if connection in self.connections:  # until its thread has ended
+                self.connections[connection] = "shut", time.monotonic() + ANSWER_TIMEOUT
         with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR if phase == "answering" else socket.SHUT_RD)
+            connection.shutdown(socket.SHUT_RDWR if phase in ("answering", "shut") else socket.SHUT_RD)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Where there are too many connections, end one: the one that has been idle for longest, else the one whose
         time is up next. If all are at work, refuse this."""
-        if len(self.connections) >= self.max_connections:
-            each = self.connections.copy()
+        each = {connection: state for connection, state in self.connections.copy().items() if state[0] != "shut"}
+        if len(each) >= self.max_connections:
             ended = min(each, key=lambda connection: (each[connection][0] != "idle", each[connection][1]))
-            if each[ended][0] != "working":
-                self.shut(ended, each[ended][0])
+            if each[ended][0] == "working":
+                return False
+            self.shut(ended, each[ended][0])
         self.connections[request] = "new", time.monotonic() + READ_TIMEOUT
-        return len(self.connections) <= self.max_connections
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        self.connections.pop(request, None)
+        with self.lock:
+            self.connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # the client went away
@@ -1344,16 +1361,16 @@ def serve(
     An announcement is printed once it serves, with the URL in the place of <url>. If there are signals that came
     before, it ends at once.
     """
-    app = create_app(environment)
+    settings = Settings(environment)
+    app = Application(lambda: settings)
     try:
-        server = Server(app, host, port)
+        server = Server(app, host, port, settings.admin_pool + settings.read_pool)
     except OSError as error:
         reason = f"{os.strerror(error.errno or 0)}; --host and --port choose another"
         raise ConfigurationError(f"cannot listen on {host} port {port}: {reason}") from None
     on_signals(lambda *_: server.stop())
     if signals:
         server.stop()
-    logging.getLogger().addHandler(LOG_HANDLER)
     app.open()
     if announcement:
         print(announcement.replace("<url>", server.url), flush=True)

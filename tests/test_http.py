@@ -1253,6 +1253,40 @@ def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role
     db.execute("DROP ROLE beacon_limited")
 
 
+def test_a_database_that_refuses_more_connections_is_not_away_while_others_work(make_app, make_job, db, owner_url, monkeypatch):
+    """Any call that had to wait for more than a second was told that the database is unavailable."""
+    db.execute(f"DROP ROLE IF EXISTS beacon_few; CREATE ROLE beacon_few LOGIN PASSWORD '{SERVICE_PASSWORD}' IN ROLE beacon_service")
+    tried, try_anew = [], beacon_stop.Pool.try_anew
+    monkeypatch.setattr(beacon_stop.Pool, "try_anew", lambda pool: (try_anew(pool), tried.append(pool)))
+    app = make_app(database_url=make_conninfo(owner_url, user="beacon_few", password=SERVICE_PASSWORD), admin_pool=2)
+    client = Client(app)
+    client.stop("warm up")
+    wait_until(lambda: len(app.admin_pool._pool) == 2)
+    db.execute("ALTER ROLE beacon_few CONNECTION LIMIT 0")
+    pids = [connection.info.backend_pid for connection in app.admin_pool._pool]
+    db.execute("SELECT pg_terminate_backend(%s, 5000)", (pids[0],))
+
+    assert client.stop(make_job(running=2)).json["executions_stopped"] == 2
+    wait_until(lambda: app.admin_pool in tried)
+    assert app.admin_pool.is_away is False
+    db.execute("SELECT pg_terminate_backend(%s, 5000)", (pids[1],))
+    assert client.stop("a").json == {"error": "database unavailable"}
+    app.close()
+    db.execute("DROP ROLE beacon_few")
+
+
+def test_stops_are_grouped_also_where_the_functions_were_installed_after_the_start(make_app, bare_database, server_url, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 0.05)
+    app = make_app(database_url=url_of(bare_database, server_url))
+    app.open()
+    time.sleep(0.2)
+    assert app.group.can_group is False
+
+    beacon_stop.init_db(url_of(bare_database, server_url))
+    wait_until(lambda: app.group.can_group)
+    app.close()
+
+
 def test_warnings_of_the_database_are_logged(client, make_job, db, capsys):
     job_id = make_job(running=1)
     db.execute(
@@ -1467,6 +1501,29 @@ def test_a_body_that_the_server_delimits_is_read_to_its_end_and_bounded(client, 
 
     assert client.stop(job_id, b" " + body, **chunked).status == 413
     assert client.stop(job_id, body, **chunked).json["reason"] == reason
+
+
+def test_a_body_that_was_cut_off_is_refused_also_by_a_server_that_says_where_it_ends(client, make_job):
+    """A dry run whose caller had died after the headers was a stop in earnest, under gunicorn."""
+    job_id = make_job(running=1)
+
+    for sent in (b"", b'{"dry_run": '):
+        answer = client.stop(job_id, sent, CONTENT_LENGTH="17", **{"wsgi.input_terminated": True})
+        assert (answer.status, answer.json["error"]) == (400, "body is shorter than its Content-Length")
+    assert client.stop(job_id, b'{"dry_run": true}', **{"wsgi.input_terminated": True}).json["dry_run"] is True
+
+
+def test_a_caller_who_is_gone_before_the_end_of_the_body_is_no_bug(make_app, make_job, capsys):
+    class Reset:
+        def read(self, size):
+            raise ConnectionResetError
+
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": f"/admin/jobs/{make_job(running=1)}/emergency-stop", "CONTENT_LENGTH": "17",
+               "HTTP_X_ADMIN_TOKEN": TOKEN, "wsgi.input": Reset()}  # fmt: skip
+    started = []
+    make_app()(environ, lambda status, headers: started.append(status))
+    assert started == ["400 Bad Request"]
+    assert log_lines(capsys, "error") == []
 
 
 def test_the_log_has_the_status_of_each_answer_and_the_client_behind_the_proxy(make_app, make_job, capsys):

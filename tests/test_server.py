@@ -27,6 +27,7 @@ from conftest import (
     count_active,
     hold_stops,
     let_stops_go,
+    log_lines,
     send,
     serving,
     stops_are_held,
@@ -114,6 +115,7 @@ REFUSED = {
     "a huge header": (LIVE + b"X-A: " + b"x" * 20_000 + b"\r\n\r\n", 431),
     "a head that ends with bare line feeds": (b"GET /health/live HTTP/1.1\r\nHost: x\n\nGET / HTTP/1.1\r\n\r\n", 400),
     "an empty encoding": (STOP + b"Transfer-Encoding:\r\n\r\n{}", 400),
+    "a request id of white space that ends badly": (LIVE + b"X-Request-ID:" + b" " * 16_000 + b"\n\n", 400),
     "a value of white space that ends badly": (LIVE + b"X-A:" + b" " * 16_000 + b"\0\r\n\r\n", 400),
     "headers without end": (LIVE + b"X-A: x\r\n" * 5_000, 431),
 }
@@ -318,6 +320,45 @@ def test_at_the_limit_of_connections_an_idle_one_is_shut_before_one_that_is_new(
                 assert file.read() == b""
                 new.sendall(request)
                 assert read_answer(new_file).status == 200
+
+
+def test_a_connection_that_was_shut_is_answered_once_more_at_most_whatever_was_sent_before(server, monkeypatch):
+    """What has arrived can still be read then: strangers who send ahead would be served beyond the limit for ever."""
+    monkeypatch.setattr(server, "max_connections", 1)
+    with connect_to(server.url) as ahead, ahead.makefile("rb") as file:
+        ahead.sendall((LIVE + b"\r\n") * 400)  # which would take 20 seconds
+        assert read_answer(file).status == 200
+        assert send(server.url, "GET", "/health/live").status == 200
+        wait_until(lambda: [phase for phase, _ in server.connections.values()].count("shut") == 0, 5)
+        assert file.read().count(b"HTTP/1.1 200") < 100
+    wait_until(lambda: not server.connections)
+
+
+def test_the_files_of_the_pools_are_not_for_clients(monkeypatch, make_app, serve_app):
+    monkeypatch.setattr(beacon_stop.resource, "getrlimit", lambda _: (500, 500))
+    asked_for = []
+
+    def listen(*arguments):
+        asked_for.extend(arguments)
+        raise OSError(98, "in use")
+
+    with contextlib.closing(beacon_stop.Server(make_app(), "127.0.0.1", 0, 123).socket):
+        pass
+    assert beacon_stop.Server(make_app(), "127.0.0.1", 0, 123).max_connections == 500 - beacon_stop.SPARE_FILES - 123
+    monkeypatch.setattr(beacon_stop, "Server", listen)
+    environment = {"ADMIN_TOKEN": TOKEN, "DATABASE_URL": "postgresql:///x", "BEACON_ADMIN_POOL": "30", "BEACON_READ_POOL": "7"}
+    with pytest.raises(beacon_stop.ConfigurationError):
+        beacon_stop.serve(environment, "127.0.0.1", 1)
+    assert asked_for[1:] == ["127.0.0.1", 1, 37]
+
+
+@pytest.mark.parametrize("token", ["mot-de-passe-voil\u00e0", "le-passe-mot-de-\u00c5"])
+def test_a_token_whose_last_byte_is_white_space_in_latin_1_is_the_token(make_app, serve_app, token):
+    server = serve_app(make_app(admin_token=token))
+
+    request = b"GET /admin/jobs/nix/emergency-stop HTTP/1.1\r\nHost: x\r\nX-Admin-Token:  %b \t\r\n\r\n"
+    (answer,) = exchange(server.url, request % token.encode())
+    assert answer.status == 404
 
 
 def test_idle_clients_who_take_all_files_that_the_process_may_open_do_not_keep_an_operator_out(make_job, start_service):
@@ -603,6 +644,43 @@ else:
 
     assert [list(json.loads(line)) for line in done.stderr.splitlines()] == [["time", "event"]] * 2  # without lines_dropped
     assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["before", "of the child"]
+
+
+def test_the_log_outlives_whatever_another_servers_stderr_raises(monkeypatch, capsys):
+    class Odd:
+        def write(self, text):
+            raise RuntimeError("not in this greenlet")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", Odd())
+        beacon_stop.log_event("refused by it")
+        beacon_stop.LOG_HANDLER.flush()
+    beacon_stop.log_event("odd", number=1)
+    assert [line["number"] for line in log_lines(capsys, "odd")] == [1]
+
+
+def test_the_log_begins_again_where_a_thread_could_not_be_started(monkeypatch, capsys):
+    handler = beacon_stop.LogHandler()
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        patch.setattr(logging, "raiseExceptions", False)
+        handler.handle(logging.makeLogRecord({"msg": "odd", "fields": {"event": "odd", "number": 1}}))
+    handler.handle(logging.makeLogRecord({"msg": "odd", "fields": {"event": "odd", "number": 2}}))
+    handler.flush()
+    assert [line["number"] for line in log_lines(capsys, "odd")] == [1, 2]
+
+
+def test_what_the_pools_warn_of_is_left_to_the_log_that_waits_for_nobody(capsys):
+    """logging's own way out writes to stderr at once: the pools stood still where nobody read it, and never connected again."""
+    logging.getLogger("psycopg.pool").warning("error connecting in %r", "a test")
+
+    (line,) = log_lines(capsys, "log")
+    assert (line["logger"], line["level"], line["message"]) == ("psycopg.pool", "warning", "error connecting in 'a test'")
+    assert beacon_stop.LOG_HANDLER in logging.getLogger("psycopg").handlers
 
 
 def test_what_was_dropped_from_the_log_is_counted(monkeypatch):
