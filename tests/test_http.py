@@ -1035,6 +1035,39 @@ def test_a_group_that_fails_leaves_each_stop_to_go_by_itself(make_app, make_job,
     ]  # fmt: skip
 
 
+def test_a_group_that_fails_is_logged_and_the_next_is_tried_after_a_pause(make_app, make_job, db, capsys, monkeypatch):
+    monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 0.05)
+    app = make_app()
+    app.open()
+    wait_until(lambda: app.group.can_group)
+    db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;"
+        "CREATE TRIGGER refuse BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+
+    assert app.group.stop(make_job("bad", running=1), None, "{}") is None
+    (line,) = log_lines(capsys, "group_failed")
+    assert line["error"].startswith("not this one")
+    db.execute("DROP TRIGGER refuse ON jobs")
+    wait_until(lambda: app.group.can_group)
+    assert json.loads(app.group.stop("bad", None, "{}"))["executions_stopped"] == 1
+
+
+def test_a_group_ends_no_session(make_app, make_job, connect):
+    """Nobody has asked for force. The session has held the job for longer than the lock timeout."""
+    app = make_app(lock_timeout="20ms")
+    app.open()
+    wait_until(lambda: app.group.can_group)
+    job_id = make_job(running=1)
+    holder = connect(autocommit=False)
+    holder.execute("SELECT FROM jobs WHERE id = %s FOR UPDATE", (job_id,))
+    time.sleep(0.05)
+
+    assert app.group.stop(job_id, None, "{}") is None
+    holder.commit()
+    assert json.loads(app.group.stop(job_id, None, "{}"))["executions_stopped"] == 1
+
+
 # --- The other questions ---
 
 
@@ -1275,7 +1308,7 @@ def test_a_database_that_refuses_more_connections_is_not_away_while_others_work(
     db.execute("DROP ROLE beacon_few")
 
 
-def test_stops_are_grouped_also_where_the_functions_were_installed_after_the_start(make_app, bare_database, server_url, monkeypatch):
+def test_stops_are_grouped_also_where_the_functions_came_after_the_start(make_app, bare_database, server_url, monkeypatch, capsys):
     monkeypatch.setattr(beacon_stop, "GROUP_PAUSE", 0.05)
     app = make_app(database_url=url_of(bare_database, server_url))
     app.open()
@@ -1284,18 +1317,21 @@ def test_stops_are_grouped_also_where_the_functions_were_installed_after_the_sta
 
     beacon_stop.init_db(url_of(bare_database, server_url))
     wait_until(lambda: app.group.can_group)
+    assert log_lines(capsys, "group_failed") == []
     app.close()
 
 
 def test_warnings_of_the_database_are_logged(client, make_job, db, capsys):
     job_id = make_job(running=1)
     db.execute(
-        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE WARNING 'mind the gap'; RETURN NEW; END $$;"
+        "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        "    RAISE WARNING 'mind the gap' USING DETAIL = 'It is wide.'; RETURN NEW; END $$;"
         "CREATE TRIGGER warn BEFORE UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION warn()"
     )
     assert client.stop(job_id).status == 200
 
-    assert log_lines(capsys, "database_warning")[0]["message"] == "mind the gap"
+    (line,) = log_lines(capsys, "database_warning")
+    assert (line["message"], line["detail"]) == ("mind the gap", "It is wide.")
 
 
 def test_faults_and_warnings_are_told_by_readiness(client, db):
