@@ -1018,7 +1018,7 @@ def explain(error: Exception, request: Request) -> HTTPError:
             return unavailable("another commit keeps this one waiting for too long: nothing was changed")
         if is_locked and (held := read_holders(error)):
             hint, holders = error.diag.message_hint, held["blocked_by"]
-            if request.event.startswith("emergency_stop") and holders and not request.is_forced:
+            if request.event == "emergency_stop" and holders and not request.is_forced:
                 hint = FORCE_HINT if all(each["pid"] for each in holders) else PREPARED_HINT
             request.noted["sessions_ended"] = held.get("sessions_ended")
             return unavailable("job is locked", job_id=request.noted["job_id"], **held, hint=hint)

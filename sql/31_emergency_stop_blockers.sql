@@ -96,10 +96,10 @@ BEGIN
           AND (l.classid::bigint << 32 | l.objid::bigint) = v_barrier
         GROUP BY l.virtualtransaction, l.pid
     ), numbers AS MATERIALIZED (
-        SELECT h.ordinality AS row, h.xmax, h.relation, n.number,
-               (n.number <> h.xmax OR m.members IS NULL) AND is_running(n.number) AND n.number NOT IN (
-                   SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid'
-                   UNION ALL SELECT t.number FROM transactions t) AS is_part
+        -- In this order: a transaction that ends after the look at pg_locks must not be taken for a part of another.
+        SELECT h.ordinality AS row, h.xmax, h.relation, n.number, (n.number <> h.xmax OR m.members IS NULL)
+               AND n.number NOT IN (SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid')
+               AND is_running(n.number) AS is_part
         FROM held_rows(v_key) WITH ORDINALITY h
         CROSS JOIN multixact_members(h.xmax) AS m (members)
         CROSS JOIN unnest(m.members || h.xmax) AS n (number)

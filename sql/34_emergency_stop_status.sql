@@ -104,8 +104,8 @@ EXCEPTION WHEN lock_not_available THEN
     RAISE lock_not_available
         USING MESSAGE = format('job %L is locked', emergency_stop_status.id),
               DETAIL = (SELECT COALESCE(json_agg(b), '[]') FROM emergency_stop_blockers(emergency_stop_status.id) b),
-              HINT = 'A whole table is locked, so that the job cannot be looked at. emergency_stop_job would end those '
-                     'who lock it, with force => true.';
+              HINT = 'A whole table is locked, so that the job cannot be looked at. A stop with force would end those '
+                     'who lock it.';
 END;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_status(text) FROM PUBLIC;

@@ -28,8 +28,9 @@ BEGIN
         CROSS JOIN LATERAL (SELECT CASE
             WHEN i.oid IS NULL AND to_regproc(i.name) IS NULL THEN 'function %s is missing'
             WHEN i.oid IS NULL THEN 'function %s is missing: the one that is there has other arguments'
-            WHEN md5(concat_ws(' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))
-                 IS DISTINCT FROM i.checksum THEN
+            WHEN encode(sha256(convert_to(concat_ws(
+                ' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig), 'UTF8')), 'hex')
+                IS DISTINCT FROM i.checksum THEN
                 'function %s is not the one that was installed: it was changed since'
             WHEN NOT has_function_privilege(caller, i.oid, 'EXECUTE') AND i.name = ANY (
                 '{emergency_stop_job,emergency_stop_jobs,emergency_stop_dry_run,emergency_stop_status,release_job,

@@ -1,7 +1,7 @@
 -- The manifest: which functions this installation has made, and a checksum of each. emergency_stop_faults() compares it
 -- with what is there: it finds a function that is missing, or is not the one that was installed, before it is needed.
 
--- installed_functions(): the manifest, as {"get_job(text)": "d41d8cd98f00b204e9800998ecf8427e", ...}.
+-- installed_functions(): the manifest, as {"get_job(text)": "e3b0c44298fc1c14...", ...}.
 -- function_faults() makes the checksums in the same way. If it did not, 99_end.sql would refuse the installation.
 DO $$
 DECLARE
@@ -10,8 +10,8 @@ DECLARE
 BEGIN
     -- This transaction has written these rows of the catalog, itself or in a savepoint of it. Others that are committed
     -- meanwhile do not have our search_path.
-    SELECT jsonb_object_agg(p.oid::regprocedure, md5(concat_ws(
-        ' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig))) INTO v_functions
+    SELECT jsonb_object_agg(p.oid::regprocedure, encode(sha256(convert_to(concat_ws(  -- md5() fails where FIPS rules
+        ' ', p.prosrc, p.prosecdef, p.provolatile, p.proisstrict, p.proconfig), 'UTF8')), 'hex')) INTO v_functions
     FROM pg_proc p
     WHERE p.pronamespace = to_regnamespace(quote_ident(current_schema()))
       AND age(p.xmin) <= age(pg_current_xact_id()::xid)

@@ -1289,6 +1289,7 @@ def test_a_stop_goes_through_when_others_have_filled_the_connections_of_the_role
 def test_a_database_that_refuses_more_connections_is_not_away_while_others_work(make_app, make_job, db, owner_url, monkeypatch):
     """Any call that had to wait for more than a second was told that the database is unavailable."""
     db.execute(f"DROP ROLE IF EXISTS beacon_few; CREATE ROLE beacon_few LOGIN PASSWORD '{SERVICE_PASSWORD}' IN ROLE beacon_service")
+    monkeypatch.setattr(beacon_stop, "POOL_TIMEOUT", 1.5)
     tried, try_anew = [], beacon_stop.Pool.try_anew
     monkeypatch.setattr(beacon_stop.Pool, "try_anew", lambda pool: (try_anew(pool), tried.append(pool)))
     app = make_app(database_url=make_conninfo(owner_url, user="beacon_few", password=SERVICE_PASSWORD), admin_pool=2)
