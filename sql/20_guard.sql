@@ -23,7 +23,8 @@ DECLARE
     v_status       text;
 BEGIN
     -- A trigger of the application's that starts an execution inside a stop of this job: the stop fails that one, too.
-    IF current_setting('beacon_stop.stopping', true) = admit_execution.job_id THEN
+    -- And what no job can have as its id belongs to none.
+    IF current_setting('beacon_stop.stopping', true) = v_barrier::text OR v_id IS NULL THEN
         RETURN;
     END IF;
     IF NOT pg_try_advisory_xact_lock_shared(v_barrier) THEN
@@ -147,7 +148,7 @@ AS $$
 BEGIN
     IF OLD.metadata @> '{"emergency_stop": true}'
        AND (NEW.id = OLD.id AND NEW.status = OLD.status AND NEW.metadata @> '{"emergency_stop": true}') IS NOT TRUE
-       AND current_setting('beacon_stop.releasing', true) IS DISTINCT FROM OLD.id::text THEN
+       AND current_setting('beacon_stop.releasing', true) IS DISTINCT FROM job_barrier(OLD.id::text)::text THEN
         RAISE object_not_in_prerequisite_state
             USING MESSAGE = format('job %L is %s by an emergency stop and stays so', OLD.id, OLD.status),
                   HINT = 'To let it go on: SELECT release_job(id, reason, status).';

@@ -53,12 +53,12 @@ EXCEPTION WHEN invalid_parameter_value OR internal_error THEN
 END;
 $$;
 
--- holders_of_job(id, began): as emergency_stop_blockers, and may_be_ended: whether the owner of these functions may end
--- the session, and it is beyond doubt that it holds the job. Besides, the stops of the job that are at work: is_stop.
+-- holders_of_job(id): as emergency_stop_blockers, and may_be_ended: whether the owner of these functions may end the
+-- session, and it is beyond doubt that it holds the job. Besides, the stops of the job that are at work: is_stop.
 -- The xmax of a row can be the number of a part of a transaction, such as a savepoint that was released. PostgreSQL
--- knows whose part it is, but tells only those who wait for it. So it can be one of all transactions that are older,
--- have locked rows of the table, and had begun by then.
-CREATE OR REPLACE FUNCTION holders_of_job(id text, began timestamptz)
+-- knows whose part it is, but tells only those who wait for it. So it can be one of all transactions that are older
+-- and have locked rows of the table.
+CREATE OR REPLACE FUNCTION holders_of_job(id text)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
                may_be_ended boolean, is_stop boolean)
 LANGUAGE plpgsql VOLATILE
@@ -72,17 +72,16 @@ BEGIN
     PERFORM pg_stat_clear_snapshot();  -- or a second look in this transaction would show the sessions of the first
     RETURN QUERY
     WITH locks AS MATERIALIZED (
-        SELECT l.*, a.state
+        SELECT l.*, a.state, a.backend_xid
         FROM pg_locks l
         LEFT JOIN pg_stat_activity a ON a.pid = l.pid
         LEFT JOIN pg_database d ON d.oid = l.database
         WHERE l.pid IS DISTINCT FROM pg_backend_pid()
           AND (d.datname = current_database() OR l.locktype = 'transactionid' AND l.granted)
     ), transactions AS MATERIALIZED (
-        SELECT l.virtualtransaction, l.pid, l.transactionid AS number, COALESCE(p.prepared, a.xact_start) AS since,
-               p.gid, p.owner, a.pid IS NOT NULL OR p.gid IS NOT NULL AS is_whole
+        SELECT l.virtualtransaction, l.pid, l.transactionid AS number, p.prepared AS since, p.gid, p.owner,
+               l.backend_xid = l.transactionid OR p.gid IS NOT NULL AS is_whole
         FROM locks l
-        LEFT JOIN pg_stat_activity a ON a.pid = l.pid AND a.backend_xid = l.transactionid
         LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND p.transaction = l.transactionid
         WHERE l.locktype = 'transactionid'
     ), barrier AS (
@@ -109,7 +108,7 @@ BEGIN
                OR bool_or(n.number = n.xmax) OVER x <> bool_and(n.number = n.xmax) OVER x AS is_ambiguous
         FROM numbers n
         JOIN transactions t ON t.number = n.number OR n.is_part AND t.is_whole
-             AND age(t.number) > age(n.number) AND t.since <= began IS NOT FALSE
+             AND age(t.number) > age(n.number)
              AND EXISTS (SELECT FROM locks l
                          WHERE l.virtualtransaction = t.virtualtransaction AND l.locktype = 'relation'
                            AND l.relation = n.relation AND l.mode IN ('RowShareLock', 'RowExclusiveLock'))
@@ -153,7 +152,7 @@ SET search_path FROM CURRENT
 SET row_security = off
 AS $$
     SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query
-    FROM holders_of_job(emergency_stop_blockers.id, 'infinity') h
+    FROM holders_of_job(emergency_stop_blockers.id) h
     WHERE NOT h.is_stop;
 $$;
 REVOKE ALL ON FUNCTION emergency_stop_blockers(text) FROM PUBLIC;
@@ -187,7 +186,7 @@ BEGIN
            json_agg(s) FILTER (WHERE NOT h.is_stop) AS holders,
            json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended, bool_or(h.is_stop) AS by_a_stop
     INTO v_held
-    FROM holders_of_job(end_or_name_holders.id, clock_timestamp() - v_waited) h
+    FROM holders_of_job(end_or_name_holders.id) h
     CROSS JOIN LATERAL (
         SELECT NOT h.is_stop AND COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
     CROSS JOIN LATERAL (

@@ -55,8 +55,8 @@ DECLARE
     v_id           CONSTANT jobs.id%TYPE := to_job_id(release_job.id);
     v_key          CONSTANT text := v_id::text;  -- the id as it is in the tables
     v_lock_timeout CONSTANT text := current_setting('lock_timeout');
-    v_deadline     CONSTANT timestamptz :=
-        clock_timestamp() + CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END::interval;
+    v_patience     CONSTANT text := CASE v_lock_timeout WHEN '0' THEN '10s' ELSE v_lock_timeout END;
+    v_deadline     CONSTANT timestamptz := clock_timestamp() + v_patience::interval;
     v_outer        CONSTANT text := current_setting('beacon_stop.releasing', true);  -- whose trigger has called this
     v_previous     text;
     v_released     record;
@@ -95,14 +95,15 @@ BEGIN
                              'prepared transaction, with the pid 0, ends with ROLLBACK PREPARED or COMMIT PREPARED.';
         END;
     END LOOP;
-    PERFORM set_config('lock_timeout', v_lock_timeout, true);
     IF v_answer IS NOT NULL THEN
+        PERFORM set_config('lock_timeout', v_lock_timeout, true);
         RETURN v_answer;
     END IF;
+    PERFORM set_config('lock_timeout', v_patience, true);  -- for what a trigger of the application's waits for, too
 
     v_now := clock_timestamp();
     SELECT j.status INTO v_previous FROM jobs j WHERE j.id = v_id;
-    PERFORM set_config('beacon_stop.releasing', v_key, true);
+    PERFORM set_config('beacon_stop.releasing', job_barrier(v_key)::text, true);
     UPDATE jobs j
     SET status = release_job.status,
         updated_at = v_now,
@@ -110,7 +111,7 @@ BEGIN
     WHERE j.id = v_id;
     PERFORM set_config('beacon_stop.releasing', v_outer, true);
     SELECT j.status, j.metadata INTO v_released FROM jobs j WHERE j.id = v_id;
-    IF v_released.status IS DISTINCT FROM release_job.status OR v_released.metadata ? 'emergency_stop' THEN
+    IF v_released.status IS DISTINCT FROM release_job.status OR v_released.metadata @> '{"emergency_stop": true}' THEN
         RAISE triggered_data_change_violation
             USING MESSAGE = format('job %L was not released: a trigger or rule on table jobs has changed the update',
                                    release_job.id),
@@ -125,7 +126,7 @@ BEGIN
             MESSAGE = format('the release of job %L could not be recorded', release_job.id),
             HINT = 'A trigger or a rule on table emergency_stops keeps the row from being added. Disable it.';
     END IF;
-    PERFORM commit_durably();
+    PERFORM set_config('lock_timeout', v_lock_timeout, true), commit_durably();
     RETURN json_build_object(
         'ok', true, 'message', 'Job released', 'job_id', release_job.id, 'previous_status', v_previous,
         'new_status', release_job.status, 'released_at', utc_seconds(v_now), 'reason', release_job.reason);

@@ -47,7 +47,7 @@ BEGIN
                                a.attrelid::regclass, a.attname)
         FROM pg_attribute a
         JOIN jsonb_object_keys(installed_functions()) AS i (signature) ON a.attname ~ '^v_[a-z_]+$'
-        JOIN pg_proc p ON p.oid = to_regprocedure(i.signature) AND p.prosrc ~ ('\m' || a.attname || '\M')
+        JOIN pg_proc p ON p.oid = to_regprocedure(i.signature) AND p.prosrc ~ (E'\\m' || a.attname || E'\\M')
         WHERE a.attrelid IN (to_regclass('jobs'), to_regclass('executions'));
 END;
 $$;

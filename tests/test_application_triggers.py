@@ -35,6 +35,43 @@ def test_executions_that_a_trigger_starts_for_each_that_fails_are_stopped_and_co
     assert stop(job_id)["action"] == "none"
 
 
+def test_what_the_caller_has_deferred_does_not_get_the_rights_of_the_functions_owner(db, make_job, service):
+    """Until version 18 it fires with the rights of whoever makes it fire: a service became superuser by a stop."""
+    job_id = make_job(running=1)
+    db.execute(AGAIN)
+    db.execute("CREATE CONSTRAINT TRIGGER again AFTER UPDATE ON executions DEFERRABLE INITIALLY DEFERRED"
+               f" FOR EACH ROW EXECUTE FUNCTION again(); GRANT TEMPORARY ON DATABASE {db.info.dbname} TO PUBLIC")  # fmt: skip
+    service.execute("""
+        CREATE TEMP TABLE mine (id int);
+        CREATE TEMP TABLE fired_as AS SELECT current_user AS role LIMIT 0;
+        CREATE FUNCTION pg_temp.evil() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN INSERT INTO pg_temp.fired_as SELECT current_user; RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER evil AFTER INSERT ON mine DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION pg_temp.evil()""")
+
+    with service.transaction():
+        service.execute("INSERT INTO mine VALUES (1)")
+        assert service.execute(STOP, (job_id,)).fetchone()[0]["executions_stopped"] == 4
+        assert service.execute("SELECT role FROM fired_as").fetchall() == []
+    assert service.execute("SELECT role FROM fired_as").fetchall() == [("beacon_service",)]
+
+
+@pytest.mark.parametrize("action", ["CASCADE", "SET NULL", "SET DEFAULT"])
+def test_what_a_trigger_behind_a_foreign_key_that_follows_the_status_starts_is_stopped_too(db, make_job, stop, action):
+    job_id = make_job(running=1)
+    db.execute(f"""
+        ALTER TABLE jobs ADD UNIQUE (id, status);
+        CREATE TABLE board (number int, job_id text, status text,
+                            FOREIGN KEY (job_id, status) REFERENCES jobs (id, status) ON UPDATE {action});
+        INSERT INTO board VALUES (1, '{job_id}', 'processing');
+        CREATE FUNCTION again() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN INSERT INTO executions (job_id) VALUES (OLD.job_id); RETURN NULL; END $$;
+        CREATE TRIGGER again AFTER UPDATE ON board FOR EACH ROW EXECUTE FUNCTION again()""")
+
+    assert stop(job_id)["executions_stopped"] == 2
+    assert count_active(db, job_id) == 0
+
+
 def test_a_trigger_that_starts_an_execution_for_ever_is_an_error_that_says_what_still_runs(db, make_job, service):
     job_id = make_job(running=5)
     db.execute(AGAIN.replace("attempt < 3", "true"))

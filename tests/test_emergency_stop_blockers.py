@@ -206,6 +206,23 @@ def test_of_several_who_may_hold_a_row_only_those_who_have_for_long_enough_count
     assert (is_alive(holder), is_alive(younger)) == (False, True)
 
 
+def test_a_stranger_is_not_ended_for_one_who_took_the_row_while_the_stop_waited(db, make_job, hold, locked, service):
+    """Of those who may hold the row only the stranger had begun before: he was taken for the holder for certain."""
+    job_id, other_id = make_job(running=1), make_job(running=1)
+    stranger = hold("UPDATE jobs SET updated_at = now() WHERE id = %s", other_id)
+    first = hold("SELECT FROM executions WHERE job_id = %s FOR UPDATE", job_id)
+    service.execute("SET lock_timeout = '600ms'")
+
+    with in_thread(lambda: locked(job_id, FORCE)) as stop:
+        wait_until(lambda: is_waiting(db, service))
+        later = hold("SAVEPOINT s")
+        later.execute("UPDATE jobs SET updated_at = now() WHERE id = %s", (job_id,))
+        later.execute("RELEASE s")
+        first.rollback()
+    assert later.info.backend_pid in {one["pid"] for one in stop.result["blocked_by"]}
+    assert (is_alive(stranger), is_alive(later)) == (True, True)
+
+
 def test_where_several_may_hold_a_row_all_are_named_and_none_is_ended(make_job, hold, locked):
     job_id, other_id = make_job(running=1), make_job(running=1)
     bystander = hold("UPDATE executions SET output = '{}' WHERE job_id = %s", other_id)

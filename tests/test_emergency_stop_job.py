@@ -201,6 +201,16 @@ def test_metadata_and_output_of_any_json_are_kept(db, make_job, stop, value, kep
     assert output["error"] == "Emergency stop by admin"
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_an_execution_of_no_job_is_nobodys_business(db, level):
+    """Where the column may be empty. Above READ COMMITTED it was taken for one of a job that is being changed, for ever."""
+    db.execute("ALTER TABLE executions ALTER job_id DROP NOT NULL")
+    db.execute(f"SET default_transaction_isolation = '{level}'")
+
+    db.execute("INSERT INTO executions (status) VALUES ('failed'); UPDATE executions SET status = 'running'")
+    assert db.execute("INSERT INTO executions (status) VALUES ('pending')").rowcount == 1
+
+
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
 def test_it_refuses_to_run_on_an_old_snapshot(connect, make_job, db, level):
     job_id = make_job(running=1)

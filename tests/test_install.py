@@ -690,6 +690,28 @@ def test_any_schema_of_the_search_path(bare, bare_url):
     assert bare.execute("SELECT count(*) FROM pg_proc WHERE pronamespace = '\"Odd, schema\"'::regnamespace").fetchone() == (0,)
 
 
+def test_a_job_of_the_same_id_in_another_schema_is_another_job(bare, bare_url):
+    """What a stop or a release lets pass for its own job was let pass for that one, too."""
+    for schema in ("one", "two"):
+        bare.execute(f"CREATE SCHEMA {schema}")
+        install(bare_url, PGOPTIONS=f"-csearch_path={schema}")
+        bare.execute(f"INSERT INTO {schema}.jobs (id) VALUES ('a'), ('b'); INSERT INTO {schema}.executions (job_id) VALUES ('b')")
+    bare.execute("""
+        SELECT one.emergency_stop_job('a'), two.emergency_stop_job('a'), two.emergency_stop_job('b');
+        CREATE FUNCTION mirror() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            UPDATE two.jobs SET status = NEW.status, metadata = NEW.metadata WHERE id = NEW.id; RETURN NULL; END $$;
+        CREATE TRIGGER mirror AFTER UPDATE ON one.jobs FOR EACH ROW WHEN (NEW.id = 'a') EXECUTE FUNCTION mirror();
+        CREATE FUNCTION clean_up() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO two.executions (job_id) VALUES (NEW.job_id); RETURN NULL; END $$;
+        CREATE TRIGGER clean_up AFTER UPDATE ON one.executions FOR EACH ROW EXECUTE FUNCTION clean_up()""")
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="by an emergency stop and stays so"):
+        bare.execute("SELECT one.release_job('a', 'mended', 'pending')")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no execution of it may start"):
+        bare.execute("SELECT one.emergency_stop_job('b')")
+    assert bare.execute("SELECT status FROM two.jobs").fetchall() == [("failed",)] * 2
+
+
 @pytest.mark.parametrize("tool", ["psql", "psycopg"])
 def test_uninstalling_leaves_tables_rows_and_records_and_nothing_else(db, owner_url, make_job, stop, tool):
     stop(make_job("stopped", running=3))

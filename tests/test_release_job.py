@@ -199,6 +199,49 @@ def test_those_who_hold_the_job_are_named_after_one_lock_timeout(db, make_job, s
     assert release(job_id)["ok"]
 
 
+def test_what_a_trigger_waits_for_is_not_waited_for_without_end(db, connect, make_job, stop, service, release):
+    job_id = make_job(running=1)
+    stop(job_id)
+    change_function(db, "release_job", "'10s'", "'300ms'")
+    db.execute("""
+        CREATE TABLE notes (id int);
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO notes VALUES (1); RETURN NULL; END $$;
+        CREATE TRIGGER note AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION note()""")
+    connect(autocommit=False).execute("LOCK TABLE notes")
+
+    service.execute("SET lock_timeout = 0")
+    with pytest.raises(psycopg.errors.LockNotAvailable):
+        release(job_id)
+    assert service.execute("SHOW lock_timeout").fetchone() == ("0",)
+
+
+def test_the_permission_that_has_ended_is_no_permission_for_a_job_whose_id_is_empty(db, make_job, stop, connect):
+    """An existing table may have such a one. Once it was used, PostgreSQL shows a setting that is not set as empty."""
+    for (name,) in db.execute("SELECT conname FROM pg_constraint WHERE conrelid = 'jobs'::regclass AND contype = 'c'").fetchall():
+        db.execute(f"ALTER TABLE jobs DROP CONSTRAINT {name}")
+    empty, other = make_job("", running=1), make_job(running=1)
+    db.execute("CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$")
+    db.execute("CREATE TRIGGER watch AFTER UPDATE ON jobs FOR EACH ROW EXECUTE FUNCTION watch()")
+    session = connect()
+    for job_id in (empty, other):
+        session.execute("SELECT emergency_stop_job(%s)", (job_id,))
+    session.execute(RELEASE, (other, "mended", "pending"))
+
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="by an emergency stop and stays so"):
+        session.execute("UPDATE jobs SET status = 'processing', metadata = NULL WHERE id = ''")
+    with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="no execution of it may start"):
+        session.execute("INSERT INTO executions (job_id) VALUES ('')")
+
+
+@pytest.mark.parametrize("metadata", ['["emergency_stop"]', '"emergency_stop"'])
+def test_metadata_that_only_has_the_word_keeps_no_job_from_being_released(db, make_job, stop, release, metadata):
+    job_id = make_job(status="failed")
+    db.execute("UPDATE jobs SET metadata = %s", (metadata,))
+    stop(job_id)
+
+    assert release(job_id)["new_status"] == "pending"
+
+
 def test_it_waits_for_lock_timeout_or_ten_seconds_where_that_is_0(db, service, release):
     db.execute("""
         CREATE OR REPLACE FUNCTION lock_stopped_job(id text, asked_id text, deadline timestamptz)
