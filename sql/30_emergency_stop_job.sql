@@ -527,7 +527,7 @@ BEGIN
                 WHEN NOT v_is_last THEN NULL
                 -- All rows were locked by then. So it has waited for something else, such as what a trigger waits for.
                 WHEN v_context LIKE ANY ('{%fail_job(%,%INSERT INTO emergency_stops%}') THEN v_problem
-                ELSE '' END, v_terminated);
+                ELSE '' END, v_terminated, substring(v_context FROM 'LOCK TABLE ([a-z]+) IN'));
         v_is_last := v_gone IS NULL;  -- nobody holds it any more
         v_terminated := COALESCE(v_gone, v_terminated);
         v_deadline := clock_timestamp() + CASE WHEN v_is_last THEN '100ms' ELSE greatest(v_patience, '1s') END;

@@ -53,12 +53,14 @@ EXCEPTION WHEN invalid_parameter_value OR internal_error THEN
 END;
 $$;
 
--- holders_of_job(id): as emergency_stop_blockers, and may_be_ended: whether the owner of these functions may end the
--- session, and it is beyond doubt that it holds the job. Besides, the stops of the job that are at work: is_stop.
+-- holders_of_job(id, whole_table): as emergency_stop_blockers, and may_be_ended: whether the owner of these functions
+-- may end the session, and it is beyond doubt that it holds the job. Besides, the stops of the job that are at work:
+-- is_stop. whole_table is the table that a stop has to lock against sharers: whoever has locked any rows of it, and
+-- rests in its transaction, holds the job, too.
 -- The xmax of a row can be the number of a part of a transaction, such as a savepoint that was released. PostgreSQL
 -- knows whose part it is, but tells only those who wait for it. So it can be one of all transactions that are older
 -- and have locked rows of the table.
-CREATE OR REPLACE FUNCTION holders_of_job(id text)
+CREATE OR REPLACE FUNCTION holders_of_job(id text, whole_table text DEFAULT NULL)
 RETURNS TABLE (pid int, application_name text, database_user text, state text, transaction_seconds numeric, query text,
                may_be_ended boolean, is_stop boolean)
 LANGUAGE plpgsql VOLATILE
@@ -121,7 +123,9 @@ BEGIN
         -- Who waits for such a lock is in the way as well: later requests queue behind it.
         SELECT l.virtualtransaction, l.pid FROM locks l
         WHERE l.locktype = 'relation' AND l.relation::regclass IN ('jobs', 'executions', 'emergency_stops')
-          AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+          AND (l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+               OR l.relation = to_regclass(whole_table) AND l.mode IN ('RowShareLock', 'RowExclusiveLock')
+                  AND (l.pid IS NULL OR l.state LIKE 'idle in transaction%'))
     ), found AS (
         -- Of those who may hold a row, one who is known to hold the job is the one.
         SELECT c.virtualtransaction, c.pid, true AS is_certain FROM certain c
@@ -160,14 +164,15 @@ COMMENT ON FUNCTION emergency_stop_blockers(text) IS
     'The sessions that would hold up a stop of this job now: pid, application_name, database_user, state, '
     'transaction_seconds, query. Waits for nothing; locks for a moment rows of the job that others seem to hold.';
 
--- end_or_name_holders(id, patience, force, problem, sessions_ended): what is left to do once a stop has waited for that
--- long. With force it ends those who have held the job for that long, and returns how many have ended. Without, it
--- raises 55P03, with the holders as JSON in DETAIL, and with how many sessions the stop has ended before, NULL if force
--- was not used yet. Where nobody holds the job any more, it returns NULL; or, if a problem is given, it raises 55P03.
--- The problem is the message of an error that was met although nobody else had a lock of the job's, or is empty. Only
--- for such an error there is no DETAIL.
+-- end_or_name_holders(id, patience, force, problem, sessions_ended, whole_table): what is left to do once a stop has
+-- waited for that long, in the end for that table. With force it ends those who have held the job for that long, and
+-- returns how many have ended. Without, it raises 55P03, with the holders as JSON in DETAIL, and with how many sessions
+-- the stop has ended before, NULL if force was not used yet. Where nobody holds the job any more, it returns NULL; or,
+-- if a problem is given, it raises 55P03. The problem is the message of an error that was met although nobody else had
+-- a lock of the job's, or is empty. Only for such an error there is no DETAIL.
 CREATE OR REPLACE FUNCTION end_or_name_holders(
-    id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT NULL)
+    id text, patience interval, force boolean, problem text, sessions_ended int DEFAULT NULL,
+    whole_table text DEFAULT NULL)
 RETURNS int LANGUAGE plpgsql VOLATILE
 SET search_path FROM CURRENT
 SET client_min_messages = error  -- that a session to be ended has ended by itself is nothing to warn of
@@ -181,16 +186,20 @@ DECLARE
     v_not_ended json;
     v_hint      text;
 BEGIN
-    -- A holder is overdue if its transaction is as old as the wait, or of unknown age.
-    SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
-           json_agg(s) FILTER (WHERE NOT h.is_stop) AS holders,
-           json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended, bool_or(h.is_stop) AS by_a_stop
-    INTO v_held
-    FROM holders_of_job(end_or_name_holders.id) h
-    CROSS JOIN LATERAL (
-        SELECT NOT h.is_stop AND COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
-    CROSS JOIN LATERAL (
-        SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query) s;
+    -- A holder is overdue if its transaction is as old as the wait, or of unknown age. If there is none, the stop has
+    -- waited for those who use the table that it wanted to lock.
+    FOR v_look IN 1..2 LOOP
+        SELECT COALESCE(array_agg(h.pid) FILTER (WHERE o.overdue), '{}') AS pids,
+               json_agg(s) FILTER (WHERE NOT h.is_stop) AS holders,
+               json_agg(s) FILTER (WHERE o.overdue AND NOT h.may_be_ended) AS not_ended, bool_or(h.is_stop) AS by_a_stop
+        INTO v_held
+        FROM holders_of_job(end_or_name_holders.id, CASE v_look WHEN 2 THEN whole_table END) h
+        CROSS JOIN LATERAL (
+            SELECT NOT h.is_stop AND COALESCE(h.transaction_seconds >= extract(epoch FROM v_waited), true) AS overdue) o
+        CROSS JOIN LATERAL (
+            SELECT h.pid, h.application_name, h.database_user, h.state, h.transaction_seconds, h.query) s;
+        EXIT WHEN whole_table IS NULL OR cardinality(v_held.pids) > 0;
+    END LOOP;
 
     IF force AND cardinality(v_held.pids) > 0 AND v_held.not_ended IS NULL THEN
         PERFORM pg_terminate_backend(p.pid) FROM unnest(v_held.pids) AS p (pid);

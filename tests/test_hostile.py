@@ -118,6 +118,34 @@ def test_a_flood_of_workers_that_share_the_jobs_row_first_is_stopped(client, db,
     assert count_stopped(db, job_id) == answer.json["executions_stopped"]
 
 
+def test_a_stranger_who_rests_with_rows_of_the_table_is_named_and_ended_where_only_a_lock_of_the_table_helps(
+    make_app, connect, make_job, flood, db
+):
+    """He has nothing to do with the job. But the lock that gets its turn against sharers waits for him, and nobody knew."""
+    client = Client(make_app(lock_timeout="1s"))
+    job_id, other_id = make_job(pending=42), make_job(running=1)
+    client.stop("warm up")
+    stranger, reader = connect(autocommit=False), connect(autocommit=False)
+    stranger.execute("INSERT INTO executions (job_id) VALUES (%s)", (other_id,))
+    reader.execute("SELECT FROM jobs, executions LIMIT 1")
+    flooding = flood(job_id, 16, 5, first=f"SELECT status FROM jobs WHERE id = '{job_id}' FOR SHARE;\n", tries=0)
+    wait_until(lambda: count_active(db, job_id) > 200)
+
+    for _ in range(3):  # by chance it may get through without
+        answer = client.stop(job_id)
+        if answer.status == 503 and stranger.info.backend_pid in {each["pid"] for each in answer.json["blocked_by"]}:
+            assert "force" in answer.json["hint"]
+            answer = client.stop(job_id, b'{"force": true}')
+            assert (answer.status, answer.json["sessions_ended"]) == (200, 1)
+            break
+        if answer.status == 200:
+            break
+    flooding.kill()
+    assert answer.json["message"] == "Job emergency stopped"
+    assert count_active(db, job_id) == 0
+    assert reader.execute("SELECT 1").fetchone() == (1,)
+
+
 LOCKED = "(SELECT id FROM executions WHERE job_id = '{id}' AND status = 'pending' ORDER BY id LIMIT 1 FOR UPDATE)"
 
 
