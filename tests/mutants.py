@@ -56,8 +56,8 @@ STOPS = "emergency_stop_job emergency_stop_blockers application_triggers hostile
 TESTS = {
     "Client": "server http",
     "Server": "server http command",
-    "Pool": "http server emergency_stop_jobs hostile",
-    "beacon_stop": "http command server emergency_stop_jobs readme",
+    "Pool": "http server emergency_stop_jobs application_triggers hostile",
+    "beacon_stop": "http command server emergency_stop_jobs application_triggers readme",
     "00_begin": "install tables",
     "05_changes": "install tables emergency_stop_faults hostile",
     "10_tables": "tables install",
