@@ -1102,6 +1102,7 @@ def test_the_status(client, make_job):
 
 
 def test_a_release(client, make_job, db, capsys):
+    db.execute("DROP TRIGGER guard_updated_job ON jobs; ALTER TABLE jobs ALTER status TYPE varchar(20)")
     job_id = make_job(running=1)
 
     def release(id=job_id, **body):
@@ -1122,7 +1123,6 @@ def test_a_release(client, make_job, db, capsys):
     }.items():
         answer = release(**json.loads(body))
         assert (answer.status, answer.json["error"][: len(error)]) == (400, error)
-    db.execute("DROP TRIGGER guard_updated_job ON jobs; ALTER TABLE jobs ALTER status TYPE varchar(20)")
     answer = release(reason="x", status="longer than the column")
     assert (answer.status, answer.json["error"][:29]) == (400, "status has 22 characters: exp")
     answer = release(reason="mended", status="pending", actor="ann")
