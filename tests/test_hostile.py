@@ -1299,9 +1299,9 @@ def test_a_call_for_100_jobs_cut_off_by_kill_9_leaves_each_stopped_or_as_it_was(
         worker = servers.enter_context(psycopg.connect(url))
         worker.execute("SELECT FROM jobs WHERE id >= 'job-090' FOR UPDATE")
         service = start_service(DATABASE_URL=url, BEACON_LOCK_TIMEOUT="20s")
-        # Until it knows that stops may share a transaction, each job has its own.
+        # Until it knows that stops may share a transaction, each job has its own. It has been told, and reads that.
         knows = "SELECT FROM pg_stat_activity WHERE application_name = 'beacon-stop group' AND query LIKE '%foreign_server%'"
-        wait_until(lambda: db.execute(f"{knows} AND state = 'idle'").rowcount == 1)
+        wait_until(lambda: db.execute(f"{knows} AND state = 'idle' AND now() - state_change > interval '0.5 s'").rowcount == 1)
         with ThreadPoolExecutor(1) as operator:
             body = json.dumps({"job_ids": jobs[::-1]}).encode()
             call = operator.submit(service, "POST", "/admin/emergency-stop", body, **{"X-Admin-Token": TOKEN})
