@@ -101,16 +101,14 @@ BEGIN
         SELECT h.ordinality AS row, h.xmax, h.relation, n.number, (n.number <> h.xmax OR m.members IS NULL)
                AND n.number NOT IN (SELECT l.transactionid FROM pg_locks l WHERE l.locktype = 'transactionid')
                AND is_running(n.number) AS is_part
-        FROM held_rows(v_key) WITH ORDINALITY h
-        CROSS JOIN multixact_members(h.xmax) AS m (members)
+        FROM held_rows(v_key) WITH ORDINALITY h CROSS JOIN multixact_members(h.xmax) AS m (members)
         CROSS JOIN unnest(m.members || h.xmax) AS n (number)
     ), rows AS MATERIALIZED (
         -- A multixact and a transaction can have the same number.
         SELECT t.virtualtransaction, t.pid, n.xmax, count(*) OVER (PARTITION BY n.row, n.number::text) > 1
                OR bool_or(n.number = n.xmax) OVER x <> bool_and(n.number = n.xmax) OVER x AS is_ambiguous
         FROM numbers n
-        JOIN transactions t ON t.number = n.number OR n.is_part AND t.is_whole
-             AND age(t.number) > age(n.number)
+        JOIN transactions t ON t.number = n.number OR n.is_part AND t.is_whole AND age(t.number) > age(n.number)
              AND EXISTS (SELECT FROM locks l
                          WHERE l.virtualtransaction = t.virtualtransaction AND l.locktype = 'relation'
                            AND l.relation = n.relation AND l.mode IN ('RowShareLock', 'RowExclusiveLock'))
@@ -130,13 +128,15 @@ BEGIN
         -- Of those who may hold a row, one who is known to hold the job is the one.
         SELECT c.virtualtransaction, c.pid, true AS is_certain FROM certain c
         UNION
-        SELECT r.virtualtransaction, r.pid, false
-        FROM rows r
+        SELECT r.virtualtransaction, r.pid, false FROM rows r
         WHERE NOT EXISTS (SELECT FROM rows o JOIN certain c USING (virtualtransaction) WHERE o.xmax = r.xmax)
     )
     SELECT COALESCE(f.pid, 0), COALESCE(p.gid, a.application_name), COALESCE(p.owner, a.usename)::text,
            CASE WHEN f.pid IS NULL THEN 'prepared transaction' ELSE a.state END,
-           round(extract(epoch FROM clock_timestamp() - COALESCE(p.since, a.xact_start)), 3), left(a.query, 200),
+           -- The last of these has begun between the look at the sessions and that at the locks.
+           round(extract(epoch FROM clock_timestamp() - COALESCE(
+               p.since, a.xact_start, CASE WHEN a.state IN ('idle', 'active') AND f.virtualtransaction NOT LIKE '%/0'
+                                           THEN clock_timestamp() END)), 3), left(a.query, 200),
            -- The rule of pg_terminate_backend.
            f.is_certain AND f.pid IS NOT NULL AND COALESCE(o.rolsuper OR NOT r.rolsuper AND (
                pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')), false),

@@ -206,6 +206,29 @@ def test_of_several_who_may_hold_a_row_only_those_who_have_for_long_enough_count
     assert (is_alive(holder), is_alive(younger)) == (False, True)
 
 
+@pytest.mark.parametrize(("hold_it", "is_ended"), [("pg_advisory_xact_lock_shared", False), ("pg_advisory_lock_shared", True)])
+def test_a_transaction_that_began_between_the_looks_at_sessions_and_at_locks_is_not_of_unknown_age(
+    db, connect, make_job, service, hold_it, is_ended
+):
+    """Its session still looked idle, without a transaction: force ended it as one whose age nobody knows."""
+    job_id = make_job(running=1)
+    holder = connect(autocommit=False)
+    holder.execute(f"SELECT {hold_it}(job_barrier(%s))", (job_id,))
+    if is_ended:
+        holder.commit()  # it keeps that lock
+    change_function(db, "holders_of_job", "p.since, a.xact_start,", "p.since,")
+    change_function(db, "holders_of_job", "'idle', 'active'", "'idle', 'active', 'idle in transaction'")
+
+    service.execute("SET lock_timeout = '100ms'")
+    if is_ended:
+        assert service.execute(FORCE, (job_id,)).fetchone()[0]["sessions_ended"] == 1
+    else:
+        with pytest.raises(psycopg.errors.LockNotAvailable) as refused:
+            service.execute(FORCE, (job_id,))
+        assert "None of them has held it for that long" in refused.value.diag.message_hint
+    assert is_alive(holder) is not is_ended
+
+
 def test_a_stranger_is_not_ended_for_one_who_took_the_row_while_the_stop_waited(db, make_job, hold, locked, service):
     """Of those who may hold the row only the stranger had begun before: he was taken for the holder for certain."""
     job_id, other_id = make_job(running=1), make_job(running=1)

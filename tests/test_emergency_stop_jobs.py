@@ -172,7 +172,7 @@ def test_where_there_is_no_lock_timeout_force_ends_those_who_have_held_a_job_for
     worker.execute("UPDATE executions SET output = '{}' WHERE job_id = %s", (job_id,))
     stop = "SELECT summary FROM emergency_stop_jobs(%s, force => true)"
 
-    change_function(db, "holders_of_job", "clock_timestamp() - COALESCE(p.since, a.xact_start)", "interval '9 s'")
+    change_function(db, "holders_of_job", "p.since, a.xact_start,", "clock_timestamp() - interval '9 s',")
     (younger,) = service.execute(stop, ([job_id],)).fetchone()
     assert [holder["pid"] for holder in younger["blocked_by"]] == [worker.info.backend_pid]
     change_function(db, "holders_of_job", "interval '9 s'", "interval '11 s'")
