@@ -31,17 +31,13 @@ PARTS = {
         [
             "test_server",
             "test_command",
+            "test_timeout_stuck_jobs",
         ],
         [
             "test_http",
-            "test_tables",
-        ],
-        [
             "test_install",
-            "test_emergency_stop_blockers",
+            "test_tables",
             "test_emergency_stop_faults",
-            "test_runaway_jobs",
-            "test_privileges",
         ],
     ],
     "servers": [["test_wsgi_servers", "test_proxies"]],
