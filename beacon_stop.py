@@ -121,7 +121,7 @@ SILENCE = 5.0  # seconds, beyond its own timeouts, after which a server that doe
 GROUP_SIZE = 16  # stops in one transaction: PostgreSQL caches 64 subtransactions a session, and a stop has a few
 GROUP_TIMEOUT = 0.25  # seconds that such a transaction may take
 STATEMENT_TIMEOUTS = {"group": GROUP_TIMEOUT, "health": 5.0}  # of the pools that have a shorter one, in seconds
-GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself, after a group has failed
+GROUP_PAUSE = 5.0  # seconds in which each stop goes by itself: after a group has failed, or where none is possible
 SHORT_WAIT = 0.005  # seconds that stops in one transaction first wait for each locked job
 LOG_LINES = 2_000  # that wait to be written, at most
 LOG_PAUSE = 0.02  # seconds in which lines gather
@@ -270,9 +270,11 @@ class LogHandler(QueueHandler):
     def prepare(self, record: logging.LogRecord) -> str:
         """The line: JSON of bounded length. Of a traceback the end is kept, of any other text the beginning."""
         at = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03}Z"
-        level, message = record.levelname.lower(), record.getMessage()
-        library = {"event": "log", "logger": record.name, "level": level, "message": message}
-        line = {"time": at, **getattr(record, "fields", library)}
+        level = record.levelname.lower()
+        line = {"time": at} | (
+            getattr(record, "fields", None)
+            or {"event": "log", "logger": record.name, "level": level, "message": record.getMessage()}
+        )
         for name, value in line.items():
             if isinstance(value, str):
                 line[name] = value[-8_000:] if name == "traceback" else value[:1_000]
@@ -403,7 +405,7 @@ class BoundedConnection(psycopg.Connection[Any]):
 class Pool(ConnectionPool[BoundedConnection]):
     """Autocommit connections for one purpose. All of them are kept open, unless `min_size` says how many are."""
 
-    has_connected = False  # or made a call, since the last connection was lost
+    has_connected = False  # whether it has connected, or made a call, since it has lost a connection
     is_away = False  # whether the last attempt to connect has failed, or the server has fallen silent
     is_pooled = False  # whether the last connection was to a pooler, where each transaction may meet another session
 
@@ -546,7 +548,7 @@ class GroupedStops:
             return None if member.taken.acquire(blocking=False) else member.answers.get()
 
     def run(self) -> None:
-        """Stop group after group. After a failure each stop goes by itself for GROUP_PAUSE."""
+        """Stop group after group, beginning anew after each GROUP_PAUSE."""
         while not self.pool.closed:
             try:
                 self.can_group = self.pool.fetch(CAN_GROUP) == [(True,)] and not self.pool.is_pooled
@@ -1097,7 +1099,7 @@ PIPELINE_PAUSE = 0.05  # seconds before a request that came ahead of the last an
 # Seconds, on SIGTERM.
 PATIENCE = {"new": 0.3, "idle": 0.3, "reading": 10.0, "working": math.inf, "answering": 10.0, "shut": 10.0}
 MAX_CONNECTIONS = 900  # fewer where the process may not open as many files
-SPARE_FILES = 40  # for the database, the log, and connections that are about to be refused
+SPARE_FILES = 40  # beyond those of the pools: for the log, and connections that are about to be refused or shut
 
 
 class Answer(SimpleHandler):

@@ -83,12 +83,11 @@ BEGIN
     ), transactions AS MATERIALIZED (
         SELECT l.virtualtransaction, l.pid, l.transactionid AS number, p.prepared AS since, p.gid, p.owner,
                l.backend_xid = l.transactionid OR p.gid IS NOT NULL AS is_whole
-        FROM locks l
-        LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND p.transaction = l.transactionid
+        FROM locks l LEFT JOIN pg_prepared_xacts p ON l.pid IS NULL AND p.transaction = l.transactionid
         WHERE l.locktype = 'transactionid'
     ), barrier AS (
-        -- A stop at work has the barrier alone, in a transaction. One that is done, or a batch, shares it with itself
-        -- besides. The lock of a session that has no transaction has the number 0.
+        -- A stop at work has the barrier alone, in a transaction, whose number is not 0. One that is done, or a batch,
+        -- shares it with itself besides.
         SELECT l.virtualtransaction, l.pid,
                bool_or(l.mode = 'ShareLock' OR l.virtualtransaction LIKE '%/0' OR l.state LIKE 'idle in transaction%')
                IS NOT TRUE AS stop_at_work
@@ -142,8 +141,7 @@ BEGIN
                pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')), false),
            EXISTS (SELECT FROM barrier b WHERE b.pid = f.pid AND b.stop_at_work)
     FROM found f JOIN pg_roles o ON o.rolname = current_user
-    LEFT JOIN pg_stat_activity a ON a.pid = f.pid
-    LEFT JOIN pg_roles r ON r.oid = a.usesysid
+    LEFT JOIN pg_stat_activity a ON a.pid = f.pid LEFT JOIN pg_roles r ON r.oid = a.usesysid
     LEFT JOIN transactions p ON p.gid IS NOT NULL AND p.virtualtransaction = f.virtualtransaction
     ORDER BY 1, 2;
 END;

@@ -73,9 +73,8 @@ BEGIN
     ELSIF length(release_job.status) > (
         SELECT a.atttypmod - 4 FROM pg_attribute a  -- of varchar(n) it is n + 4, of others -1
         WHERE a.attrelid = 'jobs'::regclass AND a.attname = 'status' AND a.atttypmod > 0) THEN
-        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop',
-            MESSAGE = format('status has %s characters: expected no more than the column jobs.status can hold',
-                             length(release_job.status));
+        RAISE invalid_parameter_value USING SCHEMA = 'beacon_stop', MESSAGE = format(
+            'status has %s characters: expected what the column jobs.status can hold', length(release_job.status));
     ELSIF jsonb_typeof(caller) <> 'object' THEN
         RAISE invalid_parameter_value USING MESSAGE = 'caller is not a JSON object';
     END IF;
@@ -95,11 +94,11 @@ BEGIN
                              'prepared transaction, with the pid 0, ends with ROLLBACK PREPARED or COMMIT PREPARED.';
         END;
     END LOOP;
+    -- Nor is what a trigger of the application's waits for waited for without end.
+    PERFORM set_config('lock_timeout', CASE WHEN v_answer IS NULL THEN v_patience ELSE v_lock_timeout END, true);
     IF v_answer IS NOT NULL THEN
-        PERFORM set_config('lock_timeout', v_lock_timeout, true);
         RETURN v_answer;
     END IF;
-    PERFORM set_config('lock_timeout', v_patience, true);  -- for what a trigger of the application's waits for, too
 
     v_now := clock_timestamp();
     SELECT j.status INTO v_previous FROM jobs j WHERE j.id = v_id;

@@ -84,6 +84,17 @@ def test_no_line_is_too_wide(name):
     assert [line for line in (ROOT / name).read_text().splitlines() if len(line) > 120] == []
 
 
+def test_no_function_is_too_long():
+    bodies = [
+        (file.name, len(body.splitlines()))
+        for file in ROOT.glob("sql/**/*.sql")
+        for body in re.findall(r"^AS \$\$\n(?:DECLARE|BEGIN)\n.*?^\$\$;", file.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+
+    assert len(bodies) > 40
+    assert [body for body in bodies if body[1] - 1 > 80] == []  # without the line that closes it
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_every_link_leads_somewhere(name):
     text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
