@@ -127,9 +127,7 @@ def test_a_state_that_the_column_cannot_hold_is_refused(db, make_job, stop, rele
     stop(job_id)
     db.execute("DROP TRIGGER guard_updated_job ON jobs; ALTER TABLE jobs ALTER status TYPE varchar(12)")
 
-    with pytest.raises(
-        psycopg.errors.InvalidParameterValue, match="status has 13 characters: expected what the column jobs.status can hold"
-    ):
+    with pytest.raises(psycopg.errors.InvalidParameterValue, match="status has 13 characters: expected what"):
         release(job_id, status="x" * 13)
     assert release(job_id, status="x" * 12)["new_status"] == "x" * 12
 
