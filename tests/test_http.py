@@ -22,6 +22,7 @@ from conftest import (
     TOKEN,
     Client,
     count_active,
+    in_thread,
     log_lines,
     new_database,
     slow_down_stops,
@@ -1305,6 +1306,28 @@ def test_a_database_that_refuses_more_connections_is_not_away_while_others_work(
     assert app.admin_pool.is_away is False
     db.execute("SELECT pg_terminate_backend(%s, 5000)", (pids[1],))
     assert client.stop("a").json == {"error": "database unavailable"}
+    app.close()
+    db.execute("DROP ROLE beacon_few")
+
+
+def test_a_caller_who_waits_while_the_database_refuses_connections_is_served_once_it_does_not(
+    make_app, make_job, db, owner_url, monkeypatch
+):
+    """The pool gives up after a second. Nobody else would make it try again."""
+    db.execute(f"DROP ROLE IF EXISTS beacon_few; CREATE ROLE beacon_few LOGIN PASSWORD '{SERVICE_PASSWORD}' IN ROLE beacon_service")
+    tried, try_anew = [], beacon_stop.Pool.try_anew
+    monkeypatch.setattr(beacon_stop.Pool, "try_anew", lambda pool: (try_anew(pool), tried.append(pool)))
+    app = make_app(database_url=make_conninfo(owner_url, user="beacon_few", password=SERVICE_PASSWORD), admin_pool=1)
+    client = Client(app)
+    client.stop("warm up")
+    (connection,) = app.admin_pool._pool
+    db.execute("ALTER ROLE beacon_few CONNECTION LIMIT 0")
+    db.execute("SELECT pg_terminate_backend(%s, 5000)", (connection.info.backend_pid,))
+
+    with in_thread(client.stop, make_job(running=2)) as stop:
+        wait_until(lambda: app.admin_pool in tried)
+        db.execute("ALTER ROLE beacon_few CONNECTION LIMIT -1")
+    assert stop.result.json["executions_stopped"] == 2
     app.close()
     db.execute("DROP ROLE beacon_few")
 
